@@ -34,7 +34,7 @@ _REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.ELOOP: "this link leads back to itself",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ECONNREFUSED: "nothing listens there: start the broker, or correct the address",
+    errno.ECONNREFUSED: "nothing listens there: start the server, or correct the address",
     errno.ENETUNREACH: "check this machine's network",
     errno.EHOSTUNREACH: "check this machine's network, and that the other machine is on",
     errno.ETIMEDOUT: "check the address, and that a firewall lets this port through",

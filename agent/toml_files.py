@@ -168,7 +168,8 @@ def _to_config_error(
         )
     missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
     if missing:
-        return ConfigError(file, f"{key}.{missing[1]}" if key else missing[1], "this key is required; add it")
+        hint = _similar_entry(document, key)
+        return ConfigError(file, f"{key}.{missing[1]}" if key else missing[1], f"this key is required; add it{hint}")
     wrong = re.fullmatch(r"Invalid (?:enum )?value '(.*)'", problem)
     if wrong:
         return ConfigError(
@@ -180,6 +181,16 @@ def _to_config_error(
     if re.fullmatch(r"(streams|tasks)\.\w+", key):
         text += f"; a section has a name of its own: [{key.partition('.')[0]}.NAME]"
     return ConfigError(file, key, text)
+
+
+def _similar_entry(document: dict[str, Any], key: str) -> str:
+    """Return a question if the table at `key` has nearly the name of another one beside it."""
+    *outer, name = key.split(".")
+    table: Any = document
+    for part in outer:
+        table = table.get(part) if isinstance(table, dict) else None
+    hint = did_you_mean(name, [other for other in table or {} if other != name])
+    return hint if "did you mean" in hint else ""
 
 
 def _find_invalid_entry(

@@ -370,7 +370,8 @@ REPOSITORY_EXPIRY = AlertKind(
 DEVICE_SILENT = AlertKind(
     *("Device silent", "connection", "silent", "collector/silent", "critical", "collector"),
     "Nothing arrived from a device for more than three times the interval that its health messages promise. It had not "
-    "said that it stops. Time in which no collector ran does not count.",
+    "said that it stops. Time in which no collector ran does not count. A device that never sent anything is silent 24 "
+    "hours after its enrolment, as a warning.",
     "No power; no network; a broker or certificate that refuses it; a daemon that hangs or was killed.",
     "Look at the device: power and network first, then `systemctl status outstation` and `outstation check` there.",
     "Once a message arrives, once the device says that it stopped, or once its key is revoked.",

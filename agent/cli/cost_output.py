@@ -40,12 +40,12 @@ def to_money(month: Usage, prices: PriceList, devices: int) -> dict[str, Any]:
     """Return the members of a month for JSON: the usage of a device, and the fleet's money."""
     comparison = compare(month, prices)
     return {
-        "cpu_s": round(month.cpu_s, 1),
+        "cpu_s": round_known(month.cpu_s, 1),
         "flash_bytes": round(month.flash_bytes),
         "air_bytes": round(month.air_bytes),
         "raw_bytes": round(month.raw_bytes),
         "inferences": round(month.inferences),
-        "energy_j": None if month.energy_j is None else round(month.energy_j, 1),
+        "energy_j": round_known(month.energy_j, 1),
         "currency": prices.currency,
         "devices": devices,
         "edge": round(comparison.edge.total(devices), 4),
@@ -58,11 +58,15 @@ def to_money(month: Usage, prices: PriceList, devices: int) -> dict[str, Any]:
 
 def describe_money(month: Usage, prices: PriceList, devices: int) -> None:
     """Print a month of one device, and the money of the fleet beside the cloud."""
-    energy = "energy is not measured here" if month.energy_j is None else f"{month.energy_j / 3.6e6:.3f} kWh"
+    energy = "" if month.energy_j is None else f"; {month.energy_j / 3.6e6:.3f} kWh"
+    processor = "" if month.cpu_s is None else f"{month.cpu_s / 3600:.1f} h of processor, "
     echo(
-        f"A month of a device: {month.inferences:,.0f} inferences, {month.cpu_s / 3600:.1f} h of processor, "
-        f"{format_bytes(month.flash_bytes)} on flash, {format_bytes(month.air_bytes)} on the air; {energy}"
+        f"A month of a device: {month.inferences:,.0f} inferences, {processor}{format_bytes(month.flash_bytes)} on "
+        f"flash, {format_bytes(month.air_bytes)} on the air{energy}"
     )
+    unmeasured = {"processor time": month.cpu_s, "energy": month.energy_j}
+    if names := [name for name, amount in unmeasured.items() if amount is None]:
+        echo(f"Not measured: {' and '.join(names)}.")
     comparison, unit = compare(month, prices), prices.currency
     parts = [*dict.fromkeys([*comparison.edge.per_device, *comparison.cloud.per_device])]
     rows = [
@@ -114,6 +118,11 @@ def save_chart(month: Usage, prices: PriceList, file: Path, *, dark: bool) -> st
     document = render_cost_chart(compare(month, prices), prices.currency, prices.cloud.name, _MOST_DEVICES, colors)
     plot_file.write(file, document)
     return str(file)
+
+
+def round_known(value: float | None, digits: int) -> float | None:
+    """Round an amount that may be unknown."""
+    return None if value is None else round(value, digits)
 
 
 def format_bytes(count: float) -> str:

@@ -5,18 +5,23 @@ A file or pipe gets it without click, whose import takes some 10 ms.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from agent.errors import UsageError
-from agent.text import printable, printable_json, printable_lines
+from agent.errors import UsageError, explain
+from agent.text import pluralize, printable, printable_json, printable_lines
 
 _MAX_SHOWN = 20
+_MIN_WIDTH, _MIN_SENTENCE = 40, 32
+_STYLE = r"\033\[[;?0-9]*[a-zA-Z]"
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
@@ -43,6 +48,37 @@ def _write(text: str, *, nl: bool = True, err: bool = False) -> None:
         click.echo(text, nl=nl, err=err)
 
 
+def echo_wrapped(text: str, indent: int = 0, *, in_terminal_only: bool = False) -> None:
+    """Print styled text in lines of the terminal's width, 80 columns without one; further lines are indented."""
+    width = len(text) if in_terminal_only and not _has_width() else _terminal_width()
+    for paragraph in text.split("\n"):
+        for line in _wrap(paragraph, width, indent):
+            echo_styled(line)
+
+
+def _has_width() -> bool:
+    return sys.stdout.isatty() or "COLUMNS" in os.environ
+
+
+def _terminal_width() -> int:
+    # Imported here: commands without tables do not need it.
+    import shutil
+
+    return max(_MIN_WIDTH, shutil.get_terminal_size().columns)
+
+
+def _wrap(text: str, width: int, indent: int) -> Iterator[str]:
+    """Yield lines of at most `width` columns, but for longer words."""
+    line = ""
+    for word in re.findall(" *[^ ]+", text):
+        if line and len(re.sub(_STYLE, "", line + word)) > width:
+            yield line
+            line = " " * indent + word.lstrip(" ")
+        else:
+            line += word
+    yield line
+
+
 def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
     """Print the document as JSON, or call `print_human`."""
     if as_json:
@@ -60,17 +96,27 @@ def _encode(document: object) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
-    """Print aligned columns with numbers to the right, or `empty` without rows."""
+    """Print aligned columns with numbers to the right, or `empty` without rows.
+
+    Where a terminal is narrower, the last column is wrapped, if need be on lines of its own.
+    """
     if not rows:
         echo(empty)
         return
     head, cells = list(map(printable, columns)), [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(columns))]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    width = _terminal_width() if _has_width() else sum(widths) + 2 * len(widths)
+    place = sum(widths[:-1]) + 2 * len(widths[:-1])
+    has_own_lines = place + min(widths[-1], _MIN_SENTENCE) > width
     for number, line in enumerate([head, *cells]):
         parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
-        text = "  ".join(parts).rstrip()
-        _write(f"\033[1m{text}\033[0m" if number == 0 and sys.stdout.isatty() else text)
+        if has_own_lines and not right[-1]:
+            lines = ["  ".join(parts[:-1]).rstrip(), *_wrap(f"    {line[-1]}", width, 4)]
+        else:
+            lines = [*_wrap("  ".join(parts).rstrip(), width, place)]
+        for text in lines:
+            _write(f"\033[1m{text}\033[0m" if number == 0 and sys.stdout.isatty() else text)
 
 
 # Part of a reason → what to do about such lines.
@@ -88,14 +134,32 @@ _REMEDIES = {
 
 
 def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> None:
-    """Print how many lines of a file were accepted, why the first others were not, and what to do."""
-    echo(f"{accepted} {noun} accepted, {len(rejected)} rejected")
+    """Print how many lines of a file were accepted, why the first others were not, and what to do.
+
+    `noun` is one of them.
+    """
+    echo(f"{pluralize(accepted, noun)} accepted, {len(rejected)} rejected")
     for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
         echo(f"  line {line}: {reason}")
     if len(rejected) > _MAX_SHOWN:
         echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
     for part in dict.fromkeys(part for reason in rejected.values() for part in _REMEDIES if part in reason):
         echo(f"What to do: {_REMEDIES[part]}")
+
+
+def require_writable(file: Path) -> None:
+    """Check before long work that a file can be written, and make its folder. Raises UsageError."""
+    # Imported here: commands that write no file do not need it.
+    import tempfile
+
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {explain(error)}") from None
 
 
 def require_plot_format(file: Path | None) -> None:

@@ -11,18 +11,18 @@ Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Counted usage of a device within `seconds`; `energy_j` is None where the machine does not measure it.
+    """Counted usage of a device within `seconds`; `cpu_s` and `energy_j` are None where they cannot be measured.
 
     `raw_bytes`: what sending the readings themselves would take.
     """
 
     # At least a second: what is scaled to a month stays a number.
     seconds: Annotated[float, msgspec.Meta(ge=1, le=1e18)]
-    cpu_s: Amount
     flash_bytes: Amount
     air_bytes: Amount
     raw_bytes: Amount
     inferences: Amount
+    cpu_s: Amount | None = None
     energy_j: Amount | None = None
 
     def per_month(self) -> Usage:
@@ -35,17 +35,8 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def average_usage(usages: list[Usage]) -> Usage:
-    """Return the mean of usages of equal time; energy only if each has it. Raises ValueError for none."""
+    """Return the mean of usages of equal time; of each amount only if all have it. Raises ValueError for none."""
     if not usages:
         raise ValueError("no device has reported its usage yet")
-    energies = [usage.energy_j for usage in usages if usage.energy_j is not None]
-    count = len(usages)
-    return Usage(
-        seconds=usages[0].seconds,
-        cpu_s=sum(usage.cpu_s for usage in usages) / count,
-        flash_bytes=sum(usage.flash_bytes for usage in usages) / count,
-        air_bytes=sum(usage.air_bytes for usage in usages) / count,
-        raw_bytes=sum(usage.raw_bytes for usage in usages) / count,
-        inferences=sum(usage.inferences for usage in usages) / count,
-        energy_j=sum(energies) / count if len(energies) == count else None,
-    )
+    amounts = {name: [getattr(usage, name) for usage in usages] for name in Usage.__struct_fields__}
+    return Usage(**{name: sum(each) / len(each) for name, each in amounts.items() if None not in each})

@@ -37,7 +37,7 @@ def measure_usage(conf: Config, store: Store) -> Usage:
         raw[stream] = max(raw.get(stream, 0), raw_bytes(conf, name, task.rows))
     return Usage(
         seconds=round(process.seconds, 1),
-        cpu_s=round(process.cpu_s, 2),
+        cpu_s=None if process.cpu_s is None else round(process.cpu_s, 2),
         flash_bytes=process.written_bytes,
         air_bytes=process.sent_bytes + sum(task.sent_bytes for task in task_costs.values()),
         raw_bytes=sum(raw.values()),

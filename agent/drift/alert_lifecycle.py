@@ -149,7 +149,7 @@ class AlertLifecycle:
         others = [
             self.subjects[field] for field in np.flatnonzero(now.suite.open_subjects[:fields]) if field != subject
         ]
-        causes = others if _is_within_classes_only(words.evidence) else earlier if 2 * len(earlier) >= fields else []
+        causes = others if is_within_classes_only(words.evidence) else earlier if 2 * len(earlier) >= fields else []
         sentence = words.sentence + note + (alert_text.misclassification_note(causes) if self.shipped.labels else "")
         evidence = words.evidence | {"site": now.tester.reference.digest, "after": earlier} | (more or {})
         return self._build_alert(before, "drift", subject, number, sentence, evidence, revision)
@@ -208,7 +208,7 @@ class AlertLifecycle:
         return replace(built, revision=revision)
 
 
-def _is_within_classes_only(evidence: dict[str, Any]) -> bool:
+def is_within_classes_only(evidence: dict[str, Any]) -> bool:
     """Return True if rows of the same class changed, but all rows together less than half as much."""
     if "overall_shift" not in evidence:
         return False

@@ -20,7 +20,13 @@ from agent import config, toml_files
 from agent.comparison.rules import RuleLimits
 from agent.errors import ConfigError, UsageError
 from agent.evaluation.adversarial.results import AdversarialResult
+from agent.evaluation.context import EvaluationRequest
 from agent.evaluation.document import BundleComparison, Evaluation, IntervalEstimate, RequirementResult
+from agent.evaluation.latency import BATCH_SIZES
+from agent.evaluation.predictions import evaluation_kind
+from agent.model.bundle.manifest import Manifest
+from agent.performance.estimates import EXPECTED_MAE, EXPECTED_SHARE
+from agent.performance.metrics import METRICS, primary
 from agent.text import format_interval, format_value
 from agent.wire.desired_state import CanaryRules
 
@@ -30,6 +36,8 @@ _PATTERN = re.compile(
     r"\s*(?P<quantity>\S.*?)(?<![\s=<>!])\s*(?P<operator>>=|<=|==|>|<)\s*(?P<limit>[-+0-9._eE]+)\s*", re.DOTALL
 )
 _CLASS_METRICS = ("precision", "recall", "f1")
+_ADVERSARIAL = ("flipped", "smallest_sd", "median_sd")
+_LATENCIES = ("p50_ms", "p95_ms", "per_second", "memory_mib")
 _BOUNDS = {".low": "low", ".high": "high"}
 _DEFAULTS = CanaryRules()
 _OPTIONS = {
@@ -122,6 +130,47 @@ def parse_requirement(text: str, where: str) -> Requirement:
     return Requirement(text.strip(), quantity, bound, match["operator"], limit)  # type: ignore[arg-type]
 
 
+def check_names(gate: Gate, manifest: Manifest, request: EvaluationRequest) -> None:
+    """Check before an evaluation that it can have the quantities. Raises UsageError.
+
+    Values of slices, strengths of faults and the like are known only after it.
+    """
+    kind, labels = manifest.label_kind, manifest.output.labels
+    metrics = {metric.name for metric in METRICS if kind in metric.kinds and metric.scope != "device"}
+    metrics |= {"coverage", EXPECTED_MAE, EXPECTED_SHARE} if kind == "regress" else set()
+    main = primary(evaluation_kind(manifest)).name
+    names = {*metrics, "model.bytes", "warnings"}
+    names |= {f"class({label}).{metric}" for label in labels for metric in _CLASS_METRICS}
+    families = {
+        **{f"slice({column}=*).{main}": True for column in request.slices},
+        f"fault(*).{main}": request.robustness,
+        "without(*).drop": request.ablate,
+        **{f"adversarial(*).{ending}": request.adversarial for ending in _ADVERSARIAL},
+        **{f"latency({batch}).{name}": request.latency for batch in BATCH_SIZES for name in _LATENCIES},
+        **{f"float.{name}": request.float_model is not None for name in ("difference", "agreement")},
+    }
+    names |= {name for name, is_measured in families.items() if is_measured}
+    for requirement in gate.requirements:
+        if not any(_may_match(requirement, name) for name in names):
+            raise _unknown(requirement, names)
+
+
+def _may_match(requirement: Requirement, name: str) -> bool:
+    """Return True if a requirement may be about a name; one with `*` stands for many."""
+    quantity = requirement.quantity
+    if "*" in name and "*" in quantity:
+        heads = sorted((name.partition("*")[0], quantity.partition("*")[0]), key=len)
+        return heads[1].startswith(heads[0])
+    is_family = "*" in name and msgspec.structs.replace(requirement, quantity=name).matches(quantity)
+    return is_family or requirement.matches(name)
+
+
+def _unknown(requirement: Requirement, names: Iterable[str]) -> UsageError:
+    hint = _hint(requirement.quantity, names)
+    problem = f"this evaluation has no quantity {requirement.quantity!r}"
+    return UsageError(f"--require {requirement.text!r}: {problem}{hint}")
+
+
 def check(gate: Gate, evaluation: Evaluation) -> list[RequirementResult]:
     """Return a result for each quantity that a requirement names, and for each rule of the comparison.
 
@@ -132,10 +181,7 @@ def check(gate: Gate, evaluation: Evaluation) -> list[RequirementResult]:
     for requirement in gate.requirements:
         named = [name for name in quantities if requirement.matches(name)]
         if not named:
-            raise UsageError(
-                f"--require {requirement.text!r}: this evaluation has no quantity {requirement.quantity!r}"
-                + _hint(requirement.quantity, quantities)
-            )
+            raise _unknown(requirement, quantities)
         results += [requirement.evaluate(name, quantities[name]) for name in named]
     return results + _rule_results(evaluation.against)
 
@@ -156,7 +202,7 @@ def list_quantities(evaluation: Evaluation) -> Iterator[tuple[str, IntervalEstim
     if evaluation.adversarial is not None:
         yield from _list_adversarial(evaluation.adversarial)
     for latency in evaluation.latency:
-        for name in ("p50_ms", "p95_ms", "per_second", "memory_mib"):
+        for name in _LATENCIES:
             yield f"latency({latency.batch}).{name}", IntervalEstimate(value=getattr(latency, name))
     if (comparison := evaluation.float_comparison) is not None:
         yield "float.difference", comparison.metric_difference

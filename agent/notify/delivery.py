@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import random
+import smtplib
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent import input_files
-from agent.errors import OutstationError, UsageError
+from agent.errors import OutstationError, UsageError, explain
+from agent.notify.message import shorten
 
 # Of each read and write, and of one delivery as a whole.
 TIMEOUT_S, TOTAL_S = 10.0, 30.0
@@ -69,6 +72,13 @@ class SendFailed(OutstationError):
     def __init__(self, problem: str, *, is_rejected: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(problem)
         self.is_rejected, self.retry_after_s = is_rejected, retry_after_s
+
+
+def describe(error: Exception) -> str:
+    """Return what went wrong on the way to a server, and what to do about it if it is known."""
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError | smtplib.SMTPException):
+        return shorten(explain(error), 200)
+    return shorten(str(error) or type(error).__name__, 200)
 
 
 def backoff_s(failures: int, retry_after_s: float | None = None) -> float:

@@ -10,7 +10,7 @@ from email.utils import format_datetime
 
 from agent import clock
 from agent.config.notify import EmailTarget
-from agent.notify.delivery import TIMEOUT_S, SendFailed, limit_total, read_secret
+from agent.notify.delivery import TIMEOUT_S, SendFailed, describe, limit_total, read_secret
 from agent.notify.message import Notification, shorten
 
 
@@ -57,8 +57,7 @@ def send(target: EmailTarget, message: Notification) -> None:
         problem = f"{name}: answers {error.smtp_code} {_decode(error.smtp_error)}"
         raise SendFailed(problem, is_rejected=error.smtp_code in (552, 554)) from None
     except (OSError, smtplib.SMTPException, UnicodeError) as error:
-        text = "did not answer in time" if isinstance(error, TimeoutError) else shorten(str(error), 200)
-        raise SendFailed(f"{name}: {text or type(error).__name__}") from None
+        raise SendFailed(f"{name}: {describe(error)}") from None
     finally:
         if server is not None:
             # The message is accepted or not by now; a server that is slow to say goodbye changes nothing.

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from agent import __version__
 from agent.config.notify import WebhookTarget
-from agent.notify.delivery import TIMEOUT_S, SendFailed, limit_total, read_secret
+from agent.errors import explain
+from agent.notify.delivery import TIMEOUT_S, SendFailed, describe, limit_total, read_secret
 from agent.notify.message import Notification, encode, shorten
 
 MAX_ANSWER = 500
@@ -56,7 +57,7 @@ def send(target: WebhookTarget, message: Notification) -> None:
                 # What was accepted must not be sent again because the rest of the answer does not arrive.
                 answer = b"" if 200 <= response.status < 300 else response.read(MAX_ANSWER)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise SendFailed(f"{_name(target)}: {_describe(error)}") from None
+        raise SendFailed(f"{_name(target)}: {describe(error)}") from None
     finally:
         connection.close()
     _check(target, response, answer)
@@ -68,7 +69,7 @@ def _connect(target: WebhookTarget, host: str, port: int | None) -> http.client.
     try:
         context = ssl.create_default_context(cafile=target.ca_file)
     except OSError as error:
-        raise SendFailed(f"{target.ca_file}: {error}; it holds the certificates that are trusted") from None
+        raise SendFailed(f"{target.ca_file}: {explain(error)}; it holds the certificates that are trusted") from None
     return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
 
 
@@ -96,10 +97,3 @@ def _name(target: WebhookTarget) -> str:
     """Return the URL without its path and query, which often hold a token."""
     parts = urlsplit(target.url)
     return f"{parts.scheme}://{parts.netloc}"
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "did not answer in time"
-    text = str(error) or type(error).__name__
-    return shorten(text, 200)

@@ -20,7 +20,7 @@ from agent.simulate.simulation import Simulation
 from agent.wire.keys import PublicKey
 
 ProgressCallback = Callable[[str], None]
-_POLL_INTERVAL_S = 1.0
+_POLL_INTERVAL_S, _ANNOUNCE_S = 1.0, 10.0
 # Usual duration of a rollout; outages are a part of it.
 _ROLLOUT_DURATION_S = 60.0
 # After its end: devices, also returned ones, reach the state that was decided last.
@@ -74,8 +74,7 @@ def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> d
         announce(f"{request.devices} devices run over {fleet.broker_name}")
         end_s = time.monotonic() + request.seconds
         if driver is None:
-            for _ in fleet.watch_progress(end_s):
-                pass
+            _watch(fleet, end_s, announce)
         else:
             driver.start()
             rollout["ended"] = _follow_rollout(driver, end_s, announce)
@@ -91,6 +90,18 @@ def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> d
         for device in result.devices:
             device |= {"runs": None, "phase": "", "reason": "", "why": ""} | by_device.get(device["device"], {})
     return document
+
+
+def _watch(fleet: Simulation, until_s: float, announce: ProgressCallback) -> None:
+    """Wait until all rows have results, and announce how many have, now and then."""
+    total, next_s = fleet.plan.rows * len(fleet.plan.sites), time.monotonic() + _ANNOUNCE_S
+    for devices in fleet.watch_progress(until_s):
+        if (now_s := time.monotonic()) >= next_s:
+            next_s = now_s + _ANNOUNCE_S
+            rows, messages = (sum(device[name] for device in devices) for name in ("rows", "messages"))
+            announce(
+                f"{rows / total:.0%} of the rows have results; {messages:,} messages, {until_s - now_s:.0f} s left"
+            )
 
 
 def _follow_rollout(driver: RolloutDriver, until_s: float, announce: ProgressCallback) -> bool:

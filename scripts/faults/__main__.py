@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,12 @@ def main(
     unknown = [name for name in names if name not in known]
     if unknown or not (names or everything):
         raise click.UsageError(f"name a fault (--list lists them), or --all{': no ' + unknown[0] if unknown else ''}")
-    outcomes = []
     with ThreadPoolExecutor(jobs) as worlds:
-        chosen = [known[name] for name in (known if everything else names)]
-        for outcome in worlds.map(lambda fault: _one(fault, rounds, seed, keep), chosen):
-            outcomes.append(outcome)
+        started = [worlds.submit(_one, known[name], rounds, seed, keep) for name in (known if everything else names)]
+        for ended in as_completed(started):
             if not as_json:
-                click.echo(row(outcome))
+                click.echo(row(ended.result()))
+    outcomes = [ended.result() for ended in started]
     if as_json:
         click.echo(json.dumps([outcome.document() for outcome in outcomes], indent=2))
     else:

@@ -73,7 +73,7 @@ WORDS = (
     _bare("fleet device", "device", "did you mean 'devices'"),
     _bare("drift" + _HERE, "TASK", "--help"),
     _bare("model run exercise {rows.csv}", "--out", "--help"),
-    _bare("fleet simulate --devices 0", "--devices / 0", "1<=x<=200"),
+    _bare("fleet simulate --devices 0", "--devices / 0", "1<=x<="),
     _bare("demo --duration 5", "--duration / 5", "x>=15"),
     _bare("demo --scenario foo", "--scenario / foo", "exercise"),
     _bare("status extra" + _HERE, "extra", "--help"),

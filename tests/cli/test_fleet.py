@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import sqlite3
 import subprocess
@@ -91,14 +92,29 @@ def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: P
     assert document("audit", "--dir", folder)["passed"]
 
 
-@pytest.mark.parametrize("is_after", [False, True])
-def test_options_of_a_group_stand_before_its_subcommand_or_after_it(folder: Path, is_after: bool) -> None:
+def test_a_table_is_wrapped_in_its_last_column_where_the_terminal_is_narrow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = MessageSender()
+    collected(folder, sender, sender.alert(summary="ax: spread fell " + "to 0.6 of this site's reference " * 5))
+    whole = run("alerts", "--dir", folder).stdout
+    assert len(whole.splitlines()) == 2
+    for columns in (60, 80, 130):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = run("alerts", "--dir", folder).stdout.splitlines()
+        assert max(map(len, lines)) <= max(columns, 77)
+        assert " ".join(" ".join(lines).split()) == " ".join(whole.split())
+    assert lines[2].startswith(" " * 60)
+
+
+@pytest.mark.parametrize(("is_after", "name"), [(False, "incident"), (True, "id")])
+def test_options_of_a_group_stand_before_its_subcommand_or_after_it(folder: Path, is_after: bool, name: str) -> None:
     sender = MessageSender()
     collected(folder, sender, sender.alert())
     [alert] = document("alerts", "--dir", folder)
     (folder / "fleet.db").rename(folder / "other.db")
     options = ["--dir", folder, "--db", folder / "other.db"]
-    arguments = ["acknowledge", alert["incident"]]
+    arguments = ["acknowledge", alert[name]]
     done = run("alerts", *(arguments + options if is_after else options + arguments))
     assert done.exit_code == 0, done.exception
 
@@ -133,10 +149,19 @@ def test_the_fleets_month_counts_silent_devices_as_the_mean_of_those_that_stated
     assert report["fleet"]["inferences"] == round(1e4 * 30.4375)
     text = run("cost", "--dir", folder).stdout
     assert "304,375" in text
-    assert "energy is not measured here" in text
+    assert "Not measured: energy." in text
     refusal = run("cost", "--device", "pi-08", "--dir", folder).exception
-    assert "a real device states it with its second health message" in str(refusal)
-    assert "but a simulated one never does. Try again in an hour, or run `outstation cost` on a real" in str(refusal)
+    assert "a device states it with its second health message, and then once an hour. Try again" in str(refusal)
+
+
+def test_the_month_of_simulated_devices_says_that_processor_time_is_not_measured(folder: Path) -> None:
+    usage = {"seconds": 86_400, "flash_bytes": 1e9, "air_bytes": 1e6, "raw_bytes": 1e8, "inferences": 1e4}
+    sender = MessageSender()
+    collected(folder, sender, sender.append("health", outbox=0, usage=usage))
+    assert document("cost", "--dir", folder)["fleet"]["cpu_s"] is None
+    text = run("cost", "--dir", folder).stdout
+    assert re.search(r"pi-07 +304,375 +- +30\.4 GB +30\.4 MB +-\n", text)
+    assert "304,375 inferences, 30.4 GB on flash, 30.4 MB on the air\nNot measured: processor time and energy." in text
 
 
 def test_a_revoked_or_retired_device_counts_in_no_month(folder: Path) -> None:

@@ -35,7 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def test_status_shows_what_was_used_and_what_holds_bulk_back(site: Site) -> None:
-    text = call_outstation("status", "-c", str(site.file)).stdout
+    text = " ".join(call_outstation("status", "-c", str(site.file)).stdout.split())
     assert "0.42 MB of 0.50 MB used within 24 h; bulk waits for the budget; given up after 168 h: 0 messages" in text
     metered = json.loads(call_outstation("status", "--json", "-c", str(site.file)).stdout)["metered"]
     assert (metered["budget"], metered["bulk"], metered["expired"]) == (500_000, "waits for the budget", 0)

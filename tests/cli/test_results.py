@@ -68,6 +68,17 @@ def test_only_results_after_those_already_shown_are_new(device: Device) -> None:
     assert newest.read_new_results(device.store, "tiny", new.last_seq) == newest.ResultRows([], new.last_seq)
 
 
+def test_other_messages_of_a_device_named_results_are_no_results(device: Device) -> None:
+    with device.store.transaction() as tx:
+        for seq, topic in enumerate(
+            ("results/health", "results/drift/tiny", "results/results/tiny"), tx.log_head()[0] + 1
+        ):
+            tx.enqueue(OutboxMessage(seq, f"outstation/acme/{topic}", b"{}", "jws", "now"), f"digest {seq}")
+    for task in (None, "tiny"):
+        (message,) = device.store.recent_messages("results", task, 5)
+        assert message.topic == "outstation/acme/results/results/tiny"
+
+
 def test_a_damaged_results_message_is_left_out(device: Device) -> None:
     damaged = OutboxMessage(1, "", b"", "", "", intact=False)
     assert newest.expand_results(damaged) == []

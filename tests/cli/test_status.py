@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 from typing import Any
 
@@ -97,6 +98,16 @@ def test_people_read_the_same(site: Site) -> None:
     assert " to " in text.split("accuracy ")[1].split(",")[0]
 
 
+@pytest.mark.parametrize("columns", [66, 80])
+def test_sentences_are_wrapped_to_the_terminal_and_shown_once(
+    site: Site, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = call_outstation("status", "-c", str(site.config)).stdout
+    assert max(map(len, text.splitlines())) <= columns, max(text.splitlines(), key=len)
+    assert " ".join(text.split()).count("ax: spread fell to 0.6 of the reference.") == 1
+
+
 def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
     store = site.open()
     try:
@@ -104,8 +115,9 @@ def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
     finally:
         store.close()
     text = call_outstation("status", "-c", str(site.config)).stdout
-    assert "reference: warning: only 20 drift windows" in text
+    assert "reference: warning: only 20 drift windows" in " ".join(text.split())
     assert "learning its reference" not in text
+    assert re.search(r"  found within 20 drift windows, 90% of the time:\n    \w\w ±", text)
 
 
 @pytest.fixture(scope="module")

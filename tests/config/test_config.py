@@ -316,6 +316,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         ),
         (TASK, "tasks.exercise.stream", "unknown stream 'watch'; there is none"),
         (STREAM + "[tasks.a]\nstream = 'watch'", "tasks.a.bundle", "this key is required; add it"),
+        (
+            STREAM + "[tasks.pump]\nstream = 'watch'\nbundle = 'x'\n[[tasks.pmp.alerts]]\nname = 'a'\nlabel = 'b'",
+            "tasks.pmp.stream",
+            "this key is required; add it; did you mean 'pump'?",
+        ),
         (STREAM + TASK.replace("exercise]", "Exercise]"), "tasks.Exercise", "must be 1-64 of a-z 0-9"),
         (STREAM + TASK + "publish = 'al'", "tasks.exercise.publish", "'al' is not a valid choice; did you mean 'all'?"),
         (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be positive"),

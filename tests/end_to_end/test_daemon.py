@@ -31,6 +31,9 @@ from agent.testing.messages import new_key
 from agent.wire import keys
 from tests.kit.stations import T0, conf
 
+# Real starts, as users and systemd do it.
+pytestmark = pytest.mark.exec
+
 NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 200_000.0, "synced")
 
 

@@ -15,6 +15,9 @@ import pytest
 
 from agent.testing.process import find_program
 
+# Real starts, as users and systemd do it.
+pytestmark = pytest.mark.exec
+
 WITHOUT_MOSQUITTO = """\
 import shutil
 

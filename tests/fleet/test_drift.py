@@ -497,6 +497,8 @@ def test_the_report_names_the_first_onset_and_its_states(folder: Path) -> None:
     assert [d["device"] for d in alone["devices"]] == ["pi-02"]
     assert alone["features"]["f0"]["n"] == 4800
     assert alone["first_onset"] is None
+    assert (alone["windows"], alone["sensor_fault_windows"]) == (12, 0)
+    assert (alone["features"]["f0"]["drift"], alone["features"]["f0"]["fault"]) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -178,20 +178,19 @@ def hostile(
         config = story.home / "fleet.toml"
         config.write_text(config.read_text().replace('"fleet.db"', f'"{url}"'), encoding="utf-8")
     story.store.enrol("pi-66", HostileDevice("pi-66").sender.key.public, replace=False, now=at(0))
-    for start in range(0, len(arrivals), 500):
-        ingest(story.store, arrivals[start : start + 500])
+    ingest(story.store, arrivals)
     yield story
     story.store.close()
 
 
 def ingest(store: FleetStore, arrivals: list[Arrival]) -> None:
-    """Store as the collector does: one by one, where one of them cannot be stored."""
+    """Store all but those that cannot be stored, which are looked for by halves."""
     try:
         store.ingest(arrivals, [], at(150))
     except MessageRefused:
-        for arrival in arrivals:
-            with contextlib.suppress(MessageRefused):
-                store.ingest([arrival], [], at(150))
+        middle = len(arrivals) // 2
+        for part in (arrivals[:middle], arrivals[middle:]) if middle else ():
+            ingest(store, part)
 
 
 def run(story: Story, *arguments: str) -> Result:
@@ -203,9 +202,12 @@ def run(story: Story, *arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
-def test_no_hostile_member_ends_a_command(hostile: Story, tmp_path: Path, command: list[str], form: list[str]) -> None:
+def test_no_hostile_member_ends_a_command(
+    hostile: Story, tmp_path: Path, request: pytest.FixtureRequest, command: list[str]
+) -> None:
     arguments = [str(tmp_path / "drift.svg") if item == "PLOT" else item for item in command]
+    # Each reads both databases; what it writes does not depend on them.
+    form = ["--json"] if request.node.callspec.params["hostile"] == "postgresql" else []
     assert run(hostile, *arguments, *form).exit_code in (0, 1)
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -411,9 +412,23 @@ def test_a_progress_bar_needs_a_terminal_and_a_second() -> None:
         with ProgressBar("rows") as bar:
             bar(1, 2, 100)
             assert held.getvalue() == ""
-            bar._last_drawn_s = bar._started_s = bar._started_s - 2
+            bar._next_s = bar._started_s = bar._started_s - 2
             bar(1, 2, 100)
             assert "50%  100 rows" in held.getvalue()
     finally:
         sys.stderr = stderr
     assert os.linesep not in held.getvalue()
+
+
+@pytest.mark.parametrize(("has_lines", "lines"), [(True, [" 50%  100 rows, 10/s, 10 s left"]), (False, [])])
+def test_progress_without_a_terminal_is_a_line_each_ten_seconds(
+    has_lines: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from agent.cli import progress
+
+    moments = iter((0.0, 9.0, 10.0, 19.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
+    with progress.ProgressBar("rows", has_lines=has_lines) as bar:
+        for _ in range(3):
+            bar(1, 2, 100)
+    assert capsys.readouterr().err.splitlines() == lines

@@ -272,7 +272,7 @@ def test_bytes_that_are_no_model_are_refused(data: bytes) -> None:
 
 
 def test_a_model_that_never_ends_is_ended_by_its_seconds() -> None:
-    report = probe.probe(around(model("endless"), seconds=1))
+    report = probe.probe(around(model("endless"), seconds=1), grace_s=150)
     assert report.checks == [("load", False, "used more than its 1 s of CPU and was killed ([limits] cpu_seconds)")]
 
 

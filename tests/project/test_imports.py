@@ -18,6 +18,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+# A fork has imported everything.
+pytestmark = pytest.mark.exec
+
 ROOT = Path(__file__).parents[2]
 AGENT = ROOT / "agent"
 

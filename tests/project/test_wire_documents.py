@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,8 +20,10 @@ from agent.testing.messages import MessageSender
 from agent.testing.process import find_program, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
+from agent.wire.jws import digest
 from agent.wire.topics import KINDS
 from scripts import wire_documents
+from scripts.kit.steps import CACHE
 from tests.kit.commands import call_outstation
 from tests.kit.devices import expand_columns
 
@@ -122,6 +127,23 @@ def altered(recorded: list[Message]) -> list[Message]:
     return [{"kind": "results", "payload": results | change} for change in changes]
 
 
+def install_packages(folder: Path) -> None:
+    """Install the validators, once for all checkouts: npm takes ten seconds of the processor for them."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        (Path(made) / "package.json").write_text('{"private": true}')
+        options = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=20000"]
+        environment = os.environ | {"npm_config_update_notifier": "false"}
+        command = [find_program("npm"), "install", *PACKAGES, *options, "--prefer-offline"]
+        installed = subprocess.run(command, cwd=made, env=environment, capture_output=True, text=True, timeout=240)
+        if installed.returncode:
+            pytest.skip(f"npm packages {', '.join(PACKAGES)} cannot be installed")
+        # Another run may have been faster.
+        with contextlib.suppress(OSError):
+            Path(made).rename(folder)
+            Path(made).mkdir()
+
+
 class Validation(msgspec.Struct):
     """Diagnostics of the document by the official parser, and errors of each message by ajv."""
 
@@ -132,15 +154,11 @@ class Validation(msgspec.Struct):
 @pytest.fixture(scope="module")
 def validation(recorded: list[Message], altered: list[Message], tmp_path_factory: pytest.TempPathFactory) -> Validation:
     """Validate the recorded messages, then the altered ones, in one process: loading the parser takes seconds."""
-    node, npm = find_program("node"), find_program("npm")
+    node, modules = find_program("node"), CACHE / f"npm-{digest(' '.join(PACKAGES).encode())[:12]}"
+    if not modules.exists():
+        install_packages(modules)
     folder = tmp_path_factory.mktemp("node")
-    (folder / "package.json").write_text('{"private": true}')
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=20000"]
-    environment = os.environ | {"npm_config_update_notifier": "false"}
-    command = [npm, "install", *PACKAGES, *options, "--prefer-offline"]
-    installed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    if installed.returncode:
-        pytest.skip(f"npm packages {', '.join(PACKAGES)} cannot be installed")
+    (folder / "node_modules").symlink_to(modules / "node_modules")
     (folder / "validate.cjs").write_text(VALIDATE)
     command = [node, "validate.cjs", str(wire_documents.ASYNCAPI)]
     text = json.dumps([*recorded, *altered])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ _PARTS = {
 _WHOLE = {"of", "one", "ones", "so", "some", "such", "what", "whom"}
 
 
-def _names(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(tree):
+def _names(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
+    for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node.lineno
         elif isinstance(node, ast.arg):
@@ -34,6 +35,7 @@ def _names(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.attr, node.lineno
 
 
+@cache
 def _is_dialect(name: str) -> bool:
     plain = re.sub(r"fleet_?wide", "", name, flags=re.IGNORECASE)
     words = {word.lower() for part in plain.split("_") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
@@ -42,12 +44,12 @@ def _is_dialect(name: str) -> bool:
 
 def problems(text: str) -> list[str]:
     """Return one line for each docstring and each name that breaks the rules."""
-    tree = ast.parse(text)
-    lines = [f"{line}: the name {name!r}" for name, line in _names(tree) if _is_dialect(name)]
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(ast.parse(text)))
+    lines = [f"{line}: the name {name!r}" for name, line in _names(nodes) if _is_dialect(name)]
+    for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node) or ""
-            if _OPENINGS.match(docstring):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            if _OPENINGS.match(docstring.lstrip()):
                 lines.append(f"{getattr(node, 'lineno', 1)}: the docstring opens {docstring[:40]!r}")
     return lines
 

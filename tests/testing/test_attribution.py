@@ -30,13 +30,14 @@ def run(
     *alerts: RaisedAlert,
     devices: Sequence[str] = ("a",),
     rolled: Sequence[dict[str, Any]] = (),
+    unseen: Sequence[str] = (),
 ) -> Attribution:
     labels = {"motion": {"delay": "5 min"}}
     scenario = msgspec.convert({"duration": "3 h", "labels": labels}, Scenario, dec_hook=decode_quantity)
     injected = []
     for each in events:
         event: Any = msgspec.convert({"at": "1000 s", "lasts": "600 s", **each}, AnyEvent, dec_hook=decode_quantity)
-        injected.append(Injected(event, [] if isinstance(event, CollectorOutage) else [*devices]))
+        injected.append(Injected(event, [] if isinstance(event, CollectorOutage) else [*devices], [*unseen]))
     streams = {"watch": ["ax", "ay", "az"], "mic": ["level"]}
     outcome = Outcome(
         injected=injected, devices=["a", "b"], fields=streams,
@@ -45,6 +46,16 @@ def run(
         rollouts={}, refusals={}, simulated_s=10_800.0, real_s=0.0, peak_bytes=0,
     )  # fmt: skip
     return attribute(scenario, outcome, alerts, rolled)
+
+
+def test_a_device_that_never_sent_anything_is_expected_to_be_silent_after_a_day_only() -> None:
+    outage = {"kind": "outage", "at": "0 s", "lasts": "1 h"}
+    assert run([outage], devices=["a", "b"], unseen=["a"]).missed == {1: ["b"]}
+    silent = alert("connection", "silent", 90_000.0, source="collector")
+    long = {**outage, "lasts": "30 h"}
+    assert run([long], devices=["a"], unseen=["a"]).missed == {}
+    answered = run([long], silent, devices=["a"], unseen=["a"])
+    assert [device for device, _ in answered.answers[1]] == ["a"]
 
 
 OFFSET = {"kind": "offset", "fields": ["ax"], "amount": 1.0}
@@ -102,6 +113,15 @@ def test_drift_of_another_field_follows_from_an_event_that_changed_the_models_cl
     assert all(answer.alert == changed for _, answer in attributed.answers.get(1, []))
     assert run([OFFSET], replace(other, raised_s=(900.0,)), changed).false_alarms != []
     assert run([OFFSET], alert("fault", "ay", 1200.0), changed).false_alarms != []
+
+
+def test_drift_of_single_classes_follows_from_an_open_drift() -> None:
+    own, other = alert("drift", "ax", 1150.0), alert("drift", "ay", 1200.0)
+    assert run([OFFSET], own, other).false_alarms == [other]
+    assert run([OFFSET], own, replace(other, follows=("ax",))).false_alarms == []
+    for changes in ({"follows": ("az",)}, {"task": "sound", "subject": "level"}, {"raised_s": (900.0,)}):
+        wrong = replace(other, **{"follows": ("ax",), **changes})
+        assert run([OFFSET], own, wrong).false_alarms == [wrong]
 
 
 def test_an_event_that_may_raise_nothing_explains_nothing() -> None:

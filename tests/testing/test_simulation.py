@@ -14,6 +14,7 @@ import pytest
 
 from agent.errors import ConfigError, UsageError
 from agent.fleet.database.store import FleetStore
+from agent.fleet.usage import load_usages
 from agent.testing.simulated_fleet import SimulatedFleet
 from agent.testing.simulation import report, scenario, setup
 from agent.testing.simulation.log import MachineLog, written_log
@@ -74,6 +75,14 @@ def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> Non
         unexplained = report.build(read(tmp_path, _ROUGH), msgspec.structs.replace(first, injected=[]), store)
         assert {device for device, _ in store.newest_logs()} == {*first.devices}
         assert len(store.newest_logs()) == len(first.devices)
+        usages = load_usages(store)
+    for usage in usages.values():
+        assert usage is not None
+        assert (usage.cpu_s, usage.energy_j) == (None, None)
+        # What a device stated first; it writes each message that it sends.
+        assert 60 <= usage.seconds <= 120
+        assert 3 < usage.inferences < 120
+        assert 1000 < usage.air_bytes < usage.flash_bytes < 20e6
     # The killed device went on from its store: the same log, the next boot.
     assert [tuple(row) for row in boots] == [("hall-01", 1), ("hall-01", 2), ("hall-02", 1), ("hall-03", 1)]
     assert (unexplained["passed"], unexplained["false_alarms"]["n"]) == (False, 3)
@@ -220,7 +229,7 @@ def test_the_limit_of_open_files_stays_raised_between_the_steps(tmp_path: Path) 
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
         with contextlib.closing(Simulation(tmp_path, chosen, setup.load(None, tmp_path, {}, {}, ()))) as simulation:
-            with simulation._running():
+            with simulation.room.installed():
                 pass
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000
     finally:

@@ -159,7 +159,10 @@ def print_query(database: sqlite_utils.Database, sql: str, *, as_csv: bool, as_j
     """Print the rows of one statement; `-` reads it from standard input. Raises UsageError if SQLite refuses it."""
     require_one_format(as_csv, as_json)
     with _translate_errors():
-        cursor = database.execute(sys.stdin.read() if sql == "-" else sql)
+        sql = sys.stdin.read() if sql == "-" else sql
+        if not sql.strip():
+            raise UsageError('there is no statement; write one, such as "SELECT * FROM messages LIMIT 5"')
+        cursor = database.execute(sql)
         if cursor.description is None:
             raise UsageError("this statement returns no rows; the database is open for reading only")
         names = _number_equal_names([column[0] for column in cursor.description])
@@ -194,6 +197,25 @@ def _find_table(database: sqlite_utils.Database, name: str) -> Any:
     return database.table(name) if name in database.table_names() else database.view(name)
 
 
+# Part of SQLite's sentence → what to do.
+_REMEDIES = {
+    "no such table": "`tables` lists them",
+    "no such column": "`schema TABLE` shows the columns",
+    "no such function": "SQLite has none of this name",
+    "syntax error": "write the statement in SQL as SQLite reads it",
+    "incomplete input": "the statement breaks off: complete it",
+    "unrecognized token": "close each quote, and write texts as 'text'",
+    "one statement": "run them one by one",
+    "readonly": "a query reads this database only",
+    "bindings": "write the values into the statement, without ? and :name",
+}
+
+
+def _explain(error: sqlite3.Error | sqlite3.Warning) -> str:
+    text = str(error).rstrip(".")
+    return "; ".join([f"SQLite: {text}", *(remedy for part, remedy in _REMEDIES.items() if part in text)][:2])
+
+
 @contextlib.contextmanager
 def _translate_errors() -> Iterator[None]:
     """Raise SQLite's errors: SQL that it refuses as UsageError, others as StorageError."""
@@ -205,9 +227,9 @@ def _translate_errors() -> Iterator[None]:
                 f"the query took more than {_MAX_QUERY_S:g} s and was ended, as an open one keeps the daemon from "
                 "writing; narrow it, or query a copy of the database"
             ) from error
-        raise UsageError(f"SQLite: {error}; `schema` shows tables and columns") from error
+        raise UsageError(_explain(error)) from error
     except (sqlite3.ProgrammingError, sqlite3.Warning) as error:
-        raise UsageError(f"SQLite: {error}; `schema` shows tables and columns") from error
+        raise UsageError(_explain(error)) from error
     except sqlite3.Error as error:
         if any(text in str(error) for text in ("not authorized", "prohibited", "authorization denied")):
             raise UsageError(f"SQLite: {error}: a query reads this database only") from error

@@ -21,7 +21,7 @@ from agent.bootstrap import device, sinks, tasks
 from agent.cli.device.cost import build_document as build_cost
 from agent.cli.device.status import format_metered
 from agent.cli.options import config_option, json_option
-from agent.cli.output import echo_styled, emit
+from agent.cli.output import echo_wrapped, emit
 from agent.config import Config, SamplesConfig, UpdatesConfig
 from agent.config.notify import Target
 from agent.device.bundles import history
@@ -391,4 +391,5 @@ def _print(results: list[CheckResult]) -> None:
     width = max(len(result.name) for result in results)
     for result in results:
         state = click.style(result.state.ljust(7), fg=STATE_COLORS[result.state])
-        echo_styled(f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}")
+        line = f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}"
+        echo_wrapped(line, width + 11, in_terminal_only=True)

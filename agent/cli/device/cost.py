@@ -13,6 +13,7 @@ from agent.cli.cost_output import (
     devices_option,
     format_bytes,
     prices_option,
+    round_known,
     save_chart,
     show_prices_option,
     to_money,
@@ -86,7 +87,7 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
     if process.seconds > 0:
         factor = _DAY_S / process.seconds
         per_day = {
-            "cpu_s": round(process.cpu_s * factor, 1),
+            "cpu_s": round_known(process.cpu_s and process.cpu_s * factor, 1),
             "flash_bytes": round(process.written_bytes * factor),
             "air_bytes": round(sent_bytes * factor),
         }
@@ -95,10 +96,10 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
     return {
         "device": conf.device.id,
         "seconds": round(process.seconds, 1),
-        "cpu_s": round(process.cpu_s, 2) if is_counted else None,
+        "cpu_s": round_known(process.cpu_s, 2) if is_counted else None,
         "flash_bytes": process.written_bytes if is_counted else None,
         "air_bytes": sent_bytes,
-        "energy_j": None if process.own_energy_j is None else round(process.own_energy_j, 1),
+        "energy_j": round_known(process.own_energy_j, 1),
         "per_day": per_day,
         "tasks": [_task_cost(conf, name, task_costs[name], process, shares[name]) for name in tasks],
     }
@@ -107,6 +108,8 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
 def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, flash_share: float) -> dict[str, Any]:
     flash = process.written_bytes * flash_share if process.seconds > 0 else None
     energy = process.own_energy_j
+    # Of a simulated device only the processor time is unknown.
+    cpu_s = None if process.seconds > 0 and process.cpu_s is None else task.cpu_us / 1e6
     cpu_share = task.cpu_us / 1e6 / process.cpu_s if process.cpu_s else 0.0
     joules = None if energy is None else energy * min(1.0, cpu_share)
     raw = usage.raw_bytes(conf, name, task.rows)
@@ -116,17 +119,17 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
         "batches": task.batches,
         "inferences": task.windows,
         "rows": task.rows,
-        "cpu_s": round(task.cpu_us / 1e6, 3),
+        "cpu_s": round_known(cpu_s, 3),
         "flash_bytes": None if flash is None else round(flash),
         "air_bytes": task.sent_bytes,
-        "energy_j": None if joules is None else round(joules, 2),
+        "energy_j": round_known(joules, 2),
         "per_1000": None
         if per_1000 is None
         else {
-            "cpu_s": round(task.cpu_us / 1e6 * per_1000, 4),
+            "cpu_s": round_known(cpu_s and cpu_s * per_1000, 4),
             "flash_bytes": None if flash is None else round(flash * per_1000),
             "air_bytes": round(task.sent_bytes * per_1000),
-            "energy_j": None if joules is None else round(joules * per_1000, 3),
+            "energy_j": round_known(joules and joules * per_1000, 3),
         },
         "raw": {"bytes": raw, "times": round(raw / task.sent_bytes, 2) if task.sent_bytes else None},
     }
@@ -135,7 +138,7 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
 def _print(document: dict[str, Any]) -> None:
     day = document["per_day"]
     columns, tasks = ["task", "inferences", "cpu s", "flash", "air", "J"], document["tasks"]
-    if day["cpu_s"] is None:
+    if day["flash_bytes"] is None:
         if not any(task["batches"] for task in tasks):
             echo("Nothing is counted yet: batches count themselves, and the daemon counts the rest once a minute.")
             return
@@ -144,9 +147,10 @@ def _print(document: dict[str, Any]) -> None:
             "flash, energy and a month\n"
         )
     else:
+        processor = "" if day["cpu_s"] is None else f"{day['cpu_s']:,.0f} s of processor, "
         echo(
-            f"{document['device']}, counted for {document['seconds'] / 3600:.1f} h; a day is {day['cpu_s']:,.0f} s of "
-            f"processor, {format_bytes(day['flash_bytes'])} on flash, {format_bytes(day['air_bytes'])} on the air\n"
+            f"{document['device']}, counted for {document['seconds'] / 3600:.1f} h; a day is {processor}"
+            f"{format_bytes(day['flash_bytes'])} on flash, {format_bytes(day['air_bytes'])} on the air\n"
         )
     print_table(columns, [_row(task["task"], task["inferences"], task) for task in tasks], "No tasks.")
     rows = [_row(task["task"], 1000, task["per_1000"]) for task in tasks if task["per_1000"]]
@@ -162,4 +166,5 @@ def _print(document: dict[str, Any]) -> None:
 def _row(name: str, count: int, costs: dict[str, Any]) -> list[Any]:
     joules = "-" if costs["energy_j"] is None else f"{costs['energy_j']:g}"
     flash = "-" if costs["flash_bytes"] is None else format_bytes(costs["flash_bytes"])
-    return [name, count, costs["cpu_s"], flash, format_bytes(costs["air_bytes"]), joules]
+    cpu_s = "-" if costs["cpu_s"] is None else costs["cpu_s"]
+    return [name, count, cpu_s, flash, format_bytes(costs["air_bytes"]), joules]

@@ -89,7 +89,7 @@ def ingest(
     document = {"accepted": accepted, "rejected": lines, "handled_before": handled_before}
 
     def print_human() -> None:
-        print_rejected(accepted, rejected, "rows")
+        print_rejected(accepted, rejected, "row")
         if handled_before:
             echo(f"{handled_before} rows of this file were handled by an earlier run")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 import tomllib
 from pathlib import Path
@@ -169,8 +170,8 @@ def init(
     lines += [f"{label:<12}{document[label]}" for label in ("device", "key", "thumbprint")]
     lines += notes
     lines += _LOSSES.splitlines() if standalone else []
-    fleet = f"outstation request {folder} --fleet FLEET --id {name}"
-    lines.append(f"Next: outstation check -c {file}" if standalone else f"Next: {fleet}")
+    request = f"outstation request {shlex.quote(str(folder))} --fleet FLEET --id {name}"
+    lines.append(f"Next: outstation check -c {shlex.quote(str(file))}" if standalone else f"Next: {request}")
     emit(document, as_json, lambda: echo("\n".join(lines)))
 
 

@@ -24,16 +24,19 @@ from agent.errors import StorageBusy, UsageError
 from agent.text import format_span, printable
 
 
-def format_smallest_changes(changes: dict[str, Any], most: int | None = None) -> str:
-    """Return a line on the smallest change of each field that is found; of more than `most`, the least sensitive."""
+def format_smallest_changes(changes: dict[str, Any], most: int | None = None) -> list[str]:
+    """Return a line for the smallest change of each field that is found; of more than `most`, the least sensitive."""
     fields = sorted(changes["fields"].items(), key=lambda item: -(item[1]["shift_sd"] or math.inf))[:most]
     sizes = [
-        f"{printable(name)} {_format_change(numbers, pairs=len(changes['fields']) > 1)}" for name, numbers in fields
+        f"  {printable(name)} {_format_change(numbers, pairs=len(changes['fields']) > 1)}" for name, numbers in fields
     ]
     left = len(changes["fields"]) - len(sizes)
-    more = f"; {left} more fields: outstation reference show" if left else ""
-    head = f"found within {changes['windows']} drift windows, {changes['probability']:.0%} of the time"
-    return f"{head}: {'; '.join(sizes)}{more}"
+    more = [f"  {left} more fields: outstation reference show"] if left else []
+    return [
+        f"found within {changes['windows']} drift windows, {changes['probability']:.0%} of the time:",
+        *sizes,
+        *more,
+    ]
 
 
 def _format_change(numbers: dict[str, Any], *, pairs: bool) -> str:
@@ -172,7 +175,7 @@ def _format_reference(document: dict[str, Any]) -> str:
     if site is not None:
         daily = ", follows the hour of day" if site["daily"] else ""
         daily += f", in {site['modes']} operating modes" if site["modes"] > 1 else ""
-        changes = f"\n{format_smallest_changes(site['smallest_changes'])}"
+        changes = "".join(f"\n{line}" for line in format_smallest_changes(site["smallest_changes"]))
         warning = f"\nwarning: {site['warning']}" if site["warning"] else ""
         warning += "".join(f"\ndeviates: {sentence}" for sentence in site["deviations"])
         warning += "\nheld: drift is not tested until it is accepted" if site["held"] else ""

@@ -13,14 +13,14 @@ from agent.bootstrap import device
 from agent.cli.device.reference import format_learning, format_smallest_changes
 from agent.cli.follow import format_reading
 from agent.cli.options import config_options
-from agent.cli.output import echo, echo_styled, emit, print_table
+from agent.cli.output import echo, echo_wrapped, emit, print_table
 from agent.config import StreamConfig
 from agent.device import newest
 from agent.device import status as documents
 from agent.device.store.store import Store
 from agent.model.inference.tuning import Tuning
 from agent.performance.metrics import display_name
-from agent.text import format_duration, printable
+from agent.text import format_duration, pluralize, printable, printable_lines
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
@@ -59,54 +59,65 @@ def _add_values(document: dict[str, Any], store: Store, stream: StreamConfig) ->
 
 def print_document(document: dict[str, Any]) -> None:
     """Print a status document, also one that a device sent."""
-    echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
+    _print_text(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
     clock = document["clock"]
     error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
     synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
     floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
-    echo(f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}")
+    _print_text(
+        f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
+    )
     storage, outbox = document["store"], document["outbox"]
     left = f", full in about {storage['hours']:g} h at this rate" if storage["hours"] is not None else ""
     written = storage["written_per_day"]
     wear = f"; {written / 1e6:,.1f} MB written a day" if written is not None else ""
-    echo(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
+    _print_text(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
     files += f", {n} files that came twice" if (n := document["duplicate_files"]) else ""
     others = f", {n} category values as (other)" if (n := document["other_categories"]) else ""
     refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
     refused += f", {n} lines refused while the store was full" if (n := document.get("full_lines")) else ""
     rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
-    echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}")
+    _print_text(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}")
     if (kernel := document.get("kernel")) is not None:
-        echo(f"statistics by {kernel}")
+        _print_text(f"statistics by {kernel}")
     if (metered := document.get("metered")) is not None:
-        echo(f"metered connection: {format_metered(metered)}")
+        _print_text(f"metered connection: {format_metered(metered)}")
     echo("")
     _print_streams(document["streams"])
     for stream in document["streams"]:
         if parts := [f"{stream[key]} {words}" for key, words in _STREAM_COUNTS.items() if stream.get(key)]:
-            echo(f"stream {stream['stream']}: {', '.join(parts)}\n")
+            _print_text(f"stream {stream['stream']}: {', '.join(parts)}\n")
     condition = document["condition"]
     last, quarantine = condition["last_finding"], condition["quarantine"]
     parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
     parts += [f"{last['time']}: {last['summary']}"] if last else []
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     if parts:
-        echo(f"{'; '.join(parts)}\n")
+        _print_text(f"{'; '.join(parts)}\n")
     if (samples := document.get("samples")) is not None:
         dropped = ", ".join(f"{n} dropped ({reason})" for reason, n in sorted(samples["dropped"].items()))
         spent = f"{samples['bytes_today']} of {samples['max_per_day']} bytes today"
-        echo(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
+        _print_text(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
     if pause_reason := document["throttle"].get("resting"):
-        echo(f"tasks are paused: {pause_reason}\n")
+        _print_text(f"tasks are paused: {pause_reason}\n")
     if slow_reason := document["throttle"].get("slowed"):
-        echo(f"tasks are slowed down: {slow_reason}\n")
+        _print_text(f"tasks are slowed down: {slow_reason}\n")
     _print_tasks(document["tasks"])
-    echo("")
-    for alert in document["alerts"]:
-        echo_styled(_format_alert(alert, alert["state"]))
-    if not document["alerts"]:
-        echo("No alerts.")
+    shown = [_identify(alert) for task in document["tasks"] for alert in task["open"]]
+    earlier = [alert for alert in document["alerts"] if alert["state"] != "raised" or _identify(alert) not in shown]
+    if earlier or not document["alerts"]:
+        echo("" if earlier else "\nNo alerts.")
+    for alert in earlier:
+        _print_alert(alert, alert["state"], 0)
+
+
+def _print_text(text: str) -> None:
+    echo_wrapped(printable_lines(text), 2)
+
+
+def _identify(alert: dict[str, Any]) -> tuple[str, str]:
+    return alert["time"], alert["summary"]
 
 
 def format_metered(metered: dict[str, Any]) -> str:
@@ -140,13 +151,11 @@ def _format_age(last: dict[str, Any] | None) -> str:
 
 def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
     print_table(
-        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "open"],
+        ["task", "bundle", "schedule", "rows used", "waiting", "windows"],
         [
             [
                 *(task["task"], _format_bundle(task), "paused" if task.get("paused") else task["schedule"]),
                 *(task[name] for name in ("row", "backlog", "windows")),
-                _format_reference_state(task["reference"]),
-                len(task["open"]) or "nothing",
             ]
             for task in tasks
         ],
@@ -155,6 +164,7 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
     for task in tasks:
         lines = [
             f"model runs: {decoders.convert(task['pace'], Tuning) if task['pace'] else 'not tuned yet'}",
+            f"drift: {_format_reference_state(task['reference'])}; {pluralize(len(task['open']), 'open alert')}",
             *_format_joined(task.get("joined")),
             *_format_deadline(task.get("deadline")),
             *_format_rollout(task.get("rollout")),
@@ -163,16 +173,18 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
         ]
         for name, output in task.get("outputs", {}).items():
             lines += [f"output {name}: {line}" for line in _format_labels(output)]
-        lines += [_format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
         echo(f"\n{task['task']}")
         for line in lines:
-            echo_styled(f"  {line}")
+            echo_wrapped(f"  {line}", 4)
+        for alert in task["open"]:
+            _print_alert(alert, f"open {alert['alert']}", 2)
 
 
-def _format_alert(alert: dict[str, Any], heading: str) -> str:
+def _print_alert(alert: dict[str, Any], heading: str, indent: int) -> None:
     moment = datetime.datetime.fromisoformat(alert["time"])
     color = {"critical": "red", "warning": "yellow"}.get(alert["severity"])
-    return f"{moment:%Y-%m-%d %H:%M}  {click.style(printable(heading), fg=color)}  {printable(alert['summary'])}"
+    head = f"{moment:%Y-%m-%d %H:%M}  {click.style(printable(heading), fg=color)}"
+    echo_wrapped(f"{' ' * indent}{head}  {printable(alert['summary'])}", indent + 2)
 
 
 def _format_bundle(task: dict[str, Any]) -> str:
@@ -223,8 +235,9 @@ def _format_rollout(rollout: dict[str, Any] | None) -> list[str]:
 
 
 def _format_reference_state(reference: dict[str, Any]) -> str:
-    """Return a word: drift is tested against the site's own reference, or not at all."""
-    return "site's own" if reference["site"] else "learning" if reference["learning"] else "none"
+    if reference["site"]:
+        return "tested against the site's own reference"
+    return "not tested while the reference is learned" if reference["learning"] else "not tested, without a reference"
 
 
 def _format_reference(reference: dict[str, Any]) -> list[str]:
@@ -232,8 +245,9 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
     if (learning := reference["learning"]) is not None:
         lines.append(f"learning its reference: {format_learning(learning)}")
     if (site := reference["site"]) is not None:
-        modes = f"compared within {site['modes']} operating modes; " if site["modes"] > 1 else ""
-        lines.append(modes + format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))
+        if site["modes"] > 1:
+            lines.append(f"compared within {site['modes']} operating modes")
+        lines += format_smallest_changes(site["smallest_changes"], _MAX_FIELDS)
     if reference["warning"] is not None:
         lines.append(f"reference: {click.style('warning', fg='yellow')}: {printable(reference['warning'])}")
     return lines

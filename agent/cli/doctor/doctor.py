@@ -16,7 +16,7 @@ from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
 from agent.cli.doctor import archive, fixes, flash, journal, power
 from agent.cli.options import PATH, config_options
-from agent.cli.output import echo, echo_styled, emit
+from agent.cli.output import echo, echo_wrapped, emit
 from agent.config import Config
 from agent.device.store import cost
 from agent.device.store.store import Store
@@ -141,19 +141,26 @@ def _parse_rating(text: str | None) -> int | None:
 def _print(document: dict[str, Any]) -> None:
     for check in document["problems"]:
         state = click.style(check["state"].ljust(7), fg=STATE_COLORS[check["state"]])
-        echo_styled(f"{state}  {printable(check['name'])}: {printable(check['detail'])}")
+        _print_line(f"{state}  {printable(check['name'])}: {printable(check['detail'])}")
     if not document["problems"]:
         echo("All checks are ok.")
     for item in document["applied"]:
-        echo(printable(f"fixed    {item['name']}: {item['action']}"))
+        _print_line(printable(f"fixed    {item['name']}: {item['action']}"))
     for item in document["fixes"]:
-        echo(printable(f"fix      {item['name']}: {item['problem']}; `outstation doctor --fix` does: {item['action']}"))
-    echo(f"\nflash    {_describe_wear(document['flash'])}")
+        _print_line(
+            printable(f"fix      {item['name']}: {item['problem']}; `outstation doctor --fix` does: {item['action']}")
+        )
+    echo("")
+    _print_line(f"flash    {_describe_wear(document['flash'])}")
     measured = [f"{item['watts']:.2f} W ({item['source']})" for item in document["power"]]
-    echo(f"power    {printable('; '.join(measured) or power.UNKNOWN)}")
+    _print_line(f"power    {printable('; '.join(measured) or power.UNKNOWN)}")
     if document["archive"] is not None:
         shown = printable(document["archive"]["file"])
-        echo(f"archive  {shown}, without secrets and readings; look into it before you send it")
+        _print_line(f"archive  {shown}, without secrets and readings; look into it before you send it")
+
+
+def _print_line(text: str) -> None:
+    echo_wrapped(text, 9, in_terminal_only=True)
 
 
 def _describe_wear(wear: dict[str, Any]) -> str:

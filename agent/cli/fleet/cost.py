@@ -41,8 +41,9 @@ def cost(
 ) -> None:
     """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
 
-    Devices state their usage once an hour, simulated ones never. Those that have stated none yet count as the mean of
-    the others. Revoked and retired devices do not count.
+    Devices state their usage once an hour; simulated ones without processor time and energy, as they share this
+    machine's. Those that have stated none yet count as the mean of the others. Revoked and retired devices count in
+    no month.
     """
     from agent.fleet.usage import load_usages
 
@@ -57,8 +58,8 @@ def cost(
         mean = average_usage([month for month in months.values() if month is not None])
     except ValueError as error:
         raise UsageError(
-            f"{error}: a real device states it with its second health message, and then once an hour, but a simulated "
-            "one never does. Try again in an hour, or run `outstation cost` on a real device"
+            f"{error}: a device states it with its second health message, and then once an hour. Try again in an "
+            "hour, or run `outstation cost` on a device"
         ) from None
     document: dict[str, Any] = {
         "devices": [{"device": name, "month": month} for name, month in months.items()],
@@ -79,12 +80,7 @@ def cost(
 def _to_cells(name: str, month: Usage | None) -> list[Any]:
     if month is None:
         return [name, *["-"] * 5]
+    processor = "-" if month.cpu_s is None else f"{month.cpu_s / 3600:.1f}"
     energy = "-" if month.energy_j is None else f"{month.energy_j / 3.6e6:.3f}"
-    return [
-        name,
-        f"{month.inferences:,.0f}",
-        f"{month.cpu_s / 3600:.1f}",
-        format_bytes(month.flash_bytes),
-        format_bytes(month.air_bytes),
-        energy,
-    ]
+    flash, air = format_bytes(month.flash_bytes), format_bytes(month.air_bytes)
+    return [name, f"{month.inferences:,.0f}", processor, flash, air, energy]

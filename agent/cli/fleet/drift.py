@@ -17,7 +17,7 @@ from agent.cli.fleet.common import (
     progress_bar,
 )
 from agent.cli.options import PATH, dark_option, parse_since, plot_option
-from agent.cli.output import echo_styled, emit, require_plot_format
+from agent.cli.output import echo_wrapped, emit, require_plot_format
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean
@@ -78,7 +78,8 @@ def drift(
         for line in report.format_lines(document):
             # Bold comes from the report; all other control characters are escaped.
             plain = click.unstyle(line)
-            echo_styled(click.style(printable(plain), bold=True) if plain != line else printable(line))
+            shown = click.style(printable(plain), bold=True) if plain != line else printable(line)
+            echo_wrapped(shown, 4, in_terminal_only=True)
 
     emit(document, as_json, print_report)
 

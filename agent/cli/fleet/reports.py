@@ -66,7 +66,8 @@ def devices(with_retired: bool, db: str | None, home: Path, as_json: bool) -> No
     ]
     cells = [
         [
-            *(r["device"], r["state"], r["clock"] or "unknown", r["last_seen"] or "never", r["through"], r["alerts"]),
+            *(r["device"], r["state"], r["clock"] or "unknown"),
+            *(f"{r['last_seen'][:19]}Z" if r["last_seen"] else "never", r["through"], r["alerts"]),
             f"{r['logs']} at once!" if r["logs"] > 1 else r["logs"],
         ]
         for r in rows
@@ -125,8 +126,9 @@ def alerts(
 ) -> None:
     """List the open alerts, oldest first, with their state: raised, acknowledged or muted.
 
-    An acknowledgement ends when the alert becomes worse or comes back; a mute lasts until its time. With --follow, each
-    alert that is raised, changed or cleared meanwhile is a line; with --json, too, a line of JSON.
+    `acknowledge`, `mute` and `unmute` take the first letters of its `incident`, or the whole `id`. An acknowledgement
+    ends when the alert becomes worse or comes back; a mute lasts until its time. With --follow, each alert that is
+    raised, changed or cleared meanwhile is a line; with --json, too, a line of JSON.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -136,10 +138,9 @@ def alerts(
         return
     rows = _list_alerts(store, device, include_cleared)
     columns = ["incident", "time", "device", "task", "status", "severity", "alert", "summary"]
-    cells = [[row[name] or "" for name in columns] for row in rows]
+    cells = [[row[name][:19] + "Z" if name == "time" else row[name] or "" for name in columns] for row in rows]
     empty = "No alert was ever raised." if include_cleared else "No open alert."
-    headings = ["id", *columns[1:]]
-    emit(rows, as_json, lambda: print_table(headings, cells, empty))
+    emit(rows, as_json, lambda: print_table(columns, cells, empty))
 
 
 def _list_alerts(store: FleetStore, device: str | None, include_cleared: bool) -> list[dict[str, Any]]:
@@ -193,14 +194,14 @@ def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> 
 
 
 def _incident_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the ID of an alert, who does it and why, and the database."""
+    """Give a command who does it and why, and the database."""
     for decorate in (database_options, note_option, by_option):
         command = decorate(command)
     return command
 
 
 @alerts.command("acknowledge", epilog="Example: outstation fleet alerts acknowledge 3f9a --by eva --note 'on my way'")
-@click.argument("ref", metavar="ID")
+@click.argument("ref", metavar="INCIDENT")
 @_incident_options
 def acknowledge(**options: Any) -> None:
     """Acknowledge an alert: no more reminders until it becomes worse or comes back."""
@@ -208,7 +209,7 @@ def acknowledge(**options: Any) -> None:
 
 
 @alerts.command("mute", epilog="Example: outstation fleet alerts mute 3f9a --for '8 h'")
-@click.argument("ref", metavar="ID")
+@click.argument("ref", metavar="INCIDENT")
 @click.option("--for", "duration", metavar="TIME", help="For this long, such as '8 h' or '3 d'.")
 @click.option("--until", metavar="TIME", help="Until a time, RFC 3339, such as 2026-12-24T08:00:00Z.")
 @_incident_options
@@ -218,7 +219,7 @@ def mute(duration: str | None, until: str | None, **options: Any) -> None:
 
 
 @alerts.command("unmute", epilog="Example: outstation fleet alerts unmute 3f9a")
-@click.argument("ref", metavar="ID")
+@click.argument("ref", metavar="INCIDENT")
 @_incident_options
 def unmute(**options: Any) -> None:
     """End the mute of an alert."""

@@ -151,8 +151,7 @@ def _run_processes(home: Path, options: SimulateOptions) -> dict[str, Any]:
     )
 
     def announce(sentence: str) -> None:
-        if sys.stderr.isatty():
-            echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
+        echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
 
     return run(home, request, announce)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -96,7 +97,7 @@ def _join(plan: JoinPlan, replace: bool, as_json: bool) -> None:
         lines.append(f"Kept as *{joining.FORMER}: the former {', '.join(plan.replaced)}.")
     if moved:
         lines.append("Its readings and results stay; the next start sends its stored messages to the fleet.")
-    lines.append(f"Next: outstation check -c {folder / joining.CONFIG_FILE}")
+    lines.append(f"Next: outstation check -c {shlex.quote(str(folder / joining.CONFIG_FILE))}")
     emit(document, as_json, lambda: echo("\n".join(lines)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -40,6 +41,8 @@ def request(folder: Path, fleet: str, device: str, token: str | None, out: Path 
     document = {"request": str(out), "device": device, "fleet": fleet, "key": key.text, "thumbprint": key.kid}
     lines = [f"{out} written", f"key         {key.text}", f"thumbprint  {key.kid}"]
     check = "" if token else f" --thumbprint {key.kid}"
-    lines.append(f"Next: outstation fleet enrol {device} --request {out.name}{check} --bundle-out {device}.tar.gz")
+    lines.append(
+        f"Next: outstation fleet enrol {device} --request {shlex.quote(out.name)}{check} --bundle-out {device}.tar.gz"
+    )
     lines[-1] += "  (at the operator)"
     emit(document, as_json, lambda: echo("\n".join(lines)))

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from agent.cli.model.run import address_option, engine_option, join_option, load_bundle, open_cluster
 from agent.cli.options import PATH, json_option
-from agent.cli.output import echo, emit
+from agent.cli.output import echo, emit, require_writable
 from agent.errors import UsageError, explain
 from agent.text import printable
 
@@ -114,8 +114,11 @@ def evaluate(
     chosen_gate = gate.read_gate(required)
     if junit is not None and not chosen_gate.requirements and against is None:
         raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
+    for path in filter(None, (html, junit, folder and folder / "MODEL_CARD.md")):
+        require_writable(path)
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
+    gate.check_names(chosen_gate, loaded[0].manifest, request)
     if privacy:
         request = _with_min_count(request, loaded[0])
     # Before the evaluation, which may take minutes.

@@ -58,14 +58,14 @@ def count_message(tx: Transaction, task: str | None, kind: str, size: int) -> No
         tx.increment_counter(f"{_PROCESS_PREFIX}sent", size + _ENVELOPE_BYTES)
 
 
-class _Counters(msgspec.Struct, frozen=True):
-    """Current counters of the process and the machine; `energy_uj` None if it cannot be read."""
+class MeterReading(msgspec.Struct, frozen=True):
+    """Current counters of the process and the machine; None: it cannot be measured."""
 
     boot_s: float
-    cpu_s: float
     written_bytes: int
-    busy_s: float
-    energy_uj: int | None
+    cpu_s: float | None = None
+    busy_s: float | None = None
+    energy_uj: int | None = None
 
 
 class ProcessMeter:
@@ -73,10 +73,10 @@ class ProcessMeter:
 
     def __init__(self, root: Path = Path("/sys")) -> None:
         self._root = root
-        self._last: _Counters | None = None
+        self._last: MeterReading | None = None
 
-    def tick(self, tx: Transaction, now: ClockReading) -> None:
-        """Count what was spent since the last call."""
+    def read(self, now: ClockReading) -> MeterReading:
+        """Return the current counters of this process and machine."""
         # Imported here, 10 ms: `outstation batch` does not need it.
         import psutil
 
@@ -84,16 +84,18 @@ class ProcessMeter:
         machine = psutil.cpu_times()
         busy_s = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
         cpu_s = time.process_time() + children.ru_utime + children.ru_stime
-        this, last = _Counters(now.boot_s, cpu_s, _read_written_bytes(), busy_s, self._read_energy_uj()), self._last
+        return MeterReading(now.boot_s, read_io("write_bytes"), cpu_s, busy_s, self._read_energy_uj())
+
+    def tick(self, tx: Transaction, now: ClockReading) -> None:
+        """Count what was spent since the last call."""
+        this, last = self.read(now), self._last
         self._last = this
         if last is None or this.boot_s <= last.boot_s:
             return
-        spent = {
-            "ms": round((this.boot_s - last.boot_s) * 1e3),
-            "cpu_us": round((this.cpu_s - last.cpu_s) * 1e6),
-            "written": this.written_bytes - last.written_bytes,
-            "busy_us": round((this.busy_s - last.busy_s) * 1e6),
-        }
+        spent = {"ms": round((this.boot_s - last.boot_s) * 1e3), "written": this.written_bytes - last.written_bytes}
+        for name, after, before in (("cpu_us", this.cpu_s, last.cpu_s), ("busy_us", this.busy_s, last.busy_s)):
+            if after is not None and before is not None:
+                spent[name] = round((after - before) * 1e6)
         if this.energy_uj is not None and last.energy_uj is not None and this.energy_uj >= last.energy_uj:
             # A counter that wrapped gives no energy for this minute.
             spent["energy_uj"] = this.energy_uj - last.energy_uj
@@ -112,13 +114,13 @@ class ProcessMeter:
         return sum(packages) if packages else None
 
 
-def _read_written_bytes() -> int:
-    """Return the bytes that the kernel wrote to a medium for this process."""
+def read_io(name: str) -> int:
+    """Return a counter of this process by its name in proc(5): `write_bytes`, to a medium; `wchar`, by system calls."""
     try:
         lines = Path(f"/proc/{os.getpid()}/io").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 class TaskCost(msgspec.Struct, frozen=True):
@@ -137,10 +139,10 @@ class TaskCost(msgspec.Struct, frozen=True):
 
 
 class ProcessCost(msgspec.Struct, frozen=True):
-    """Counted cost of the process within `seconds`; `energy_j` is of the whole machine, or None."""
+    """Counted cost of the process within `seconds`; `energy_j` is of the whole machine. None: not measured."""
 
     seconds: float
-    cpu_s: float
+    cpu_s: float | None
     written_bytes: int
     busy_s: float
     sent_bytes: int
@@ -149,7 +151,7 @@ class ProcessCost(msgspec.Struct, frozen=True):
     @property
     def own_energy_j(self) -> float | None:
         """Energy in proportion to the agent's share of the machine's busy time (J)."""
-        if self.energy_j is None or self.busy_s <= 0:
+        if self.energy_j is None or self.cpu_s is None or self.busy_s <= 0:
             return None
         return self.energy_j * min(1.0, self.cpu_s / self.busy_s)
 
@@ -173,5 +175,6 @@ def read_process_cost(counters: dict[str, int]) -> ProcessCost:
     if energy is not None and own["energy_ms"] < own["ms"]:
         # It was readable for part of the time only.
         energy *= own["ms"] / own["energy_ms"]
-    seconds, cpu_s, busy_s = own.get("ms", 0) / 1e3, own.get("cpu_us", 0) / 1e6, own.get("busy_us", 0) / 1e6
+    cpu_s = own["cpu_us"] / 1e6 if "cpu_us" in own else None
+    seconds, busy_s = own.get("ms", 0) / 1e3, own.get("busy_us", 0) / 1e6
     return ProcessCost(seconds, cpu_s, own.get("written", 0), busy_s, own.get("sent", 0), energy)

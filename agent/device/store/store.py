@@ -272,13 +272,8 @@ class Store:
         With `after`, return the first ones after that seq instead.
         """
         order = "DESC" if after is None else "ASC"
-        sql = (
-            f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq > ?1 "
-            "AND CASE WHEN ?3 THEN substr(topic, -length(?2)) = ?2 ELSE instr(topic, ?2) > 0 END "
-            f"ORDER BY seq {order} LIMIT ?4"
-        )
-        wanted = f"/{kind}/{task or ''}"
-        rows = self._fetch_all(sql, after or 0, wanted, task is not None, limit)
+        sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq > ? AND topic GLOB ? ORDER BY seq {order} LIMIT ?"
+        rows = self._fetch_all(sql, after or 0, f"*/*/*/{kind}/{task or '*'}", limit)
         messages = [OutboxMessage.from_row(row) for row in rows]
         return messages if after is not None else messages[::-1]
 

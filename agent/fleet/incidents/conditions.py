@@ -22,6 +22,8 @@ from agent.text import format_duration
 
 # A device is silent after this many of its health intervals, and a little for the way of the last one.
 SILENT_INTERVALS, SILENT_GRACE_S = 3, 30.0
+# A device that never sent anything is one after this time: it is installed after its enrolment.
+UNSEEN_LIMIT_S = 86_400.0
 # Health messages that a backlog is judged by; so few waiting messages are no backlog.
 BACKLOG_MESSAGES, MIN_BACKLOG = 10, 100
 # Of their intervals, in which health messages must have arrived to show a backlog that grows.
@@ -64,8 +66,9 @@ class Condition(msgspec.Struct, frozen=True):
 
 
 class DeviceView(msgspec.Struct, frozen=True):
-    """A device at one moment. `silence_s`: time without a message, `watched_s`: how long a collector has watched.
+    """A device at one moment.
 
+    `silence_s`: time since its last message, or since its enrolment. `watched_s`: how long a collector has watched.
     `health`: its newest health message first; only the newest, unless its backlog or its clock needs more.
     """
 
@@ -105,8 +108,10 @@ def silence_limit_s(interval_s: float) -> float:
 
 def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
     status = view.status
-    if status.last_seen is None or status.state == "stopped":
+    if status.state == "stopped":
         return None
+    if status.last_seen is None:
+        return _check_unseen(view)
     interval_s = min(view.newest.interval_s, _MAX_INTERVAL_S) if view.newest else HealthReport("").interval_s
     limit_s = silence_limit_s(interval_s)
     # While no collector watched nothing could arrive; but what was silent before has not spoken.
@@ -119,6 +124,17 @@ def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
         "first."
     )
     return Condition(DEVICE_SILENT, view.device, summary, "critical")
+
+
+def _check_unseen(view: DeviceView) -> Condition | None:
+    if view.silence_s <= UNSEEN_LIMIT_S or view.watched_s <= silence_limit_s(HealthReport("").interval_s):
+        return None
+    enrolled = view.status.enrolled
+    summary = (
+        f"Nothing has arrived from {view.device} since it was enrolled on {enrolled[:10]} {enrolled[11:19]} UTC. Run "
+        "`outstation check` there, or `outstation fleet remove` if it is not to come."
+    )
+    return Condition(DEVICE_SILENT, view.device, summary, "warning")
 
 
 def check_backlog(view: DeviceView, *, is_open: bool) -> Condition | None:

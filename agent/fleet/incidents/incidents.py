@@ -138,20 +138,20 @@ def load_incident(store: FleetStore, key: IncidentKey, *, now: str) -> Incident 
 
 
 def find_incident(store: FleetStore, ref: str, *, now: str) -> Incident:
-    """Return the incident whose `ref` begins with `ref`, one that is raised rather than one that is over.
+    """Return the incident whose `ref` begins with `ref` or whose `id` it is, rather a raised one than one that is over.
 
     Raises UsageError unless there is exactly one.
     """
     with store.snapshot() as db:
-        matches = table.find_keys(db, ref.lower(), _MAX_MATCHES)
+        matches = table.find_keys(db, ref, _MAX_MATCHES)
     keys = [key for key, raised in matches if raised] or [key for key, _ in matches]
     if len(ref) < MIN_REF or not keys:
         least = f" (at least {MIN_REF} characters)" if len(ref) < MIN_REF else ""
-        raise UsageError(f"no alert has the ID {ref!r}{least}; `outstation fleet alerts` lists the IDs")
+        raise UsageError(f"{ref!r} is no incident{least}; `outstation fleet alerts` lists them")
     incident = load_incident(store, keys[0], now=now)
     if len(keys) > 1 or incident is None:
         number = f"{_MAX_MATCHES} or more" if len(matches) == _MAX_MATCHES else len(keys)
-        raise UsageError(f"{number} alerts have an ID that begins with {ref!r}; write more of it")
+        raise UsageError(f"{number} incidents begin with {ref!r} or have this id; write the whole `incident` of one")
     return incident
 
 

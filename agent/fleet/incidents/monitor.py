@@ -132,7 +132,7 @@ class IncidentMonitor:
                 stored = device_status.load_health(db, status.device, status.log, conditions.BACKLOG_MESSAGES)
                 health = [report for each in stored if (report := conditions.parse_health(*each)) is not None]
         watched_s = now.boot_s - self._watching_since_s
-        seen_us = clock.parse_rfc3339(status.last_seen) if status.last_seen else now.wall_us
+        seen_us = clock.parse_rfc3339(status.last_seen or status.enrolled)
         return DeviceView(status, health, (now.wall_us - seen_us) / 1e6, watched_s)
 
     def _apply(self, findings: list[Findings], now: ClockReading) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from agent import clock
+from agent.drift.alert_lifecycle import is_within_classes_only
 from agent.fleet.database.store import FleetStore
 from agent.testing.simulation.runner import Injected, Outcome
 from agent.testing.simulation.scenario import (
@@ -64,7 +65,10 @@ EFFECTS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 class RaisedAlert(msgspec.Struct, frozen=True):
-    """An alert with the simulated times at which it was raised, again with each revision, and cleared."""
+    """An alert with the simulated times at which it was raised, again with each revision, and cleared.
+
+    `follows`: the fields whose drift was open before, if only rows of one class drift, and not all rows together.
+    """
 
     device: str
     task: str
@@ -74,6 +78,7 @@ class RaisedAlert(msgspec.Struct, frozen=True):
     summary: str
     raised_s: tuple[float, ...]
     cleared_s: float
+    follows: tuple[str, ...] = ()
 
     @property
     def at_s(self) -> float:
@@ -121,8 +126,16 @@ def load_alerts(scenario: Scenario, outcome: Outcome, store: FleetStore) -> list
         if raised:
             row = min(states, key=lambda each: (each[1]["state"] != "raised", each[0]))[1]
             names = (row["device"], row["task"] or "", row["alert"], row["subject"], row["source"], row["summary"])
-            alerts.append(RaisedAlert(*names, tuple(raised), max(cleared, default=float("inf"))))
+            follows = _list_causes(store, row) if (row["alert"], row["source"]) == ("drift", "device") else ()
+            alerts.append(RaisedAlert(*names, tuple(raised), max(cleared, default=float("inf")), follows))
     return sorted(alerts, key=lambda alert: (alert.at_s, alert.device, alert.alert, alert.subject, alert.summary))
+
+
+def _list_causes(store: FleetStore, row: Mapping[str, Any]) -> tuple[str, ...]:
+    sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
+    [(payload,)] = store.fetch_all(sql, row["device"], row["log"], row["seq"])
+    evidence = msgspec.json.decode(bytes(payload)).get("evidence", {})
+    return tuple(evidence.get("after", ())) if is_within_classes_only(evidence) else ()
 
 
 def skew_s(outcome: Outcome, device: str, shown_s: float) -> float:
@@ -154,17 +167,22 @@ def attribute(
         for number in numbers:
             if number in assigned:
                 answers.setdefault(number, []).append((device, assigned[number]))
-            elif list_expected(outcome, number):
+            elif list_expected(outcome, number, device):
                 missed.setdefault(number, []).append(device)
     false_alarms = [alert for alert in alerts if not any(matcher.explaining(alert))]
     return Attribution(answers, missed, false_alarms)
 
 
-def list_expected(outcome: Outcome, number: int) -> list[str]:
-    """Return the kinds of alerts of which one must come; none by default where the event was over before it was due."""
-    event = outcome.injected[number - 1].event
+def list_expected(outcome: Outcome, number: int, device: str | None = None) -> list[str]:
+    """Return the kinds of alerts of which one must come, of a device or of any.
+
+    None by default where the event was over before one was due.
+    """
+    injected = outcome.injected[number - 1]
+    event, devices = injected.event, injected.devices if device is None else [device]
+    is_seen = not devices or any(name not in injected.unseen for name in devices)
     lasted_s = min(event.end_s, outcome.simulated_s) - event.at
-    is_due = event.expect is not None or event.is_alert_due(lasted_s, outcome.health_s)
+    is_due = event.expect is not None or event.is_alert_due(lasted_s, outcome.health_s, is_seen=is_seen)
     return list(event.expected_alerts) if is_due else []
 
 
@@ -223,16 +241,20 @@ class _Matcher:
     def _follows_classes(self, number: int, alert: RaisedAlert) -> bool:
         """Return True for drift of another field, where the event made the model name other classes.
 
-        Drift is tested within the classes that the model names.
+        Drift is tested within the classes that the model names: other classes show in the answers, or in a drift that
+        is one of single classes only, while a field of the event drifts.
         """
         event, outcome = self.event(number), self._outcome
         if not isinstance(event, SensorFault) or alert.alert != "drift" or alert.task not in outcome.class_tasks:
             return False
         streams = [{*outcome.fields[name]} for name in outcome.task_streams.get(alert.task, [])]
-        return any({alert.subject, *event.fields} <= fields for fields in streams) and any(
+        if not any({alert.subject, *event.fields} <= fields for fields in streams):
+            return False
+        is_during = event.at <= alert.at_s <= event.end_s + self._scenario.grace
+        return (is_during and not {*event.fields}.isdisjoint(alert.follows)) or any(
             (other.device, other.task) == (alert.device, alert.task) and self.fits(number, other, other.at_s)
             for other in self._answer_alerts
-            if event.at <= alert.at_s <= event.end_s + self._scenario.grace
+            if is_during
         )
 
     def is_exact(self, number: int, alert: RaisedAlert) -> bool:

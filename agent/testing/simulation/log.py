@@ -27,7 +27,8 @@ class MachineLog(logging.Handler):
         place = f"{format_span(self._room.now_s)} {self._room.current.name}"
         text = printable(f"{place}: {record.levelname.lower()}: {record.getMessage()}")
         try:
-            self._write(text if self._lines_left else "more warnings are left out")
+            with self._room.uncounted():
+                self._write(text if self._lines_left else "more warnings are left out")
         except OSError:
             # A full disk is not the failure of the simulated machine that warns.
             self.handleError(record)
@@ -36,7 +37,7 @@ class MachineLog(logging.Handler):
 @contextmanager
 def written_log(room: MachineRoom, file: Path) -> Iterator[None]:
     """Write the warnings to a file instead of standard error. Raises OSError."""
-    with file.open("w", encoding="utf-8") as lines:
+    with file.open("w", buffering=1, encoding="utf-8") as lines:
         handler = MachineLog(room, lambda line: lines.write(f"{line}\n"))
         logging.getLogger().addHandler(handler)
         try:

@@ -21,6 +21,7 @@ from agent import clock
 from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store import cost
+from agent.device.store.cost import MeterReading
 from agent.model.inference import runtime
 from agent.wire import keys
 from agent.wire.keys import SigningKey
@@ -32,13 +33,14 @@ _BOOT_S = 20.0
 
 
 class Machine(msgspec.Struct):
-    """Name and clock of one machine: when it booted, and how far its wall clock is from the true time."""
+    """One machine: name, time of its boot, how far its wall clock is from the true time, bytes it wrote to files."""
 
     name: str = "collector"
     boot_at_s: float = 0.0
     boot: int = 1
     offset_us: int = 0
     is_synced: bool = True
+    written_bytes: int = 0
 
 
 class _StoppedTime:
@@ -87,8 +89,8 @@ class MachineRoom:
         with (
             clock.simulated(self.read, lambda: f"boot-{self.current.boot}"),
             self._seeded() if self._is_repeatable else nullcontext(),
-            # What this process and its batches take says nothing about a device, and differs each time.
-            mock.patch.object(cost.ProcessMeter, "tick", return_value=None),
+            # The time that this process and its batches take is not a device's, and differs between runs.
+            mock.patch.object(cost.ProcessMeter, "read", self._read_meter),
             mock.patch.object(batch, "time", _StoppedTime),
             mock.patch.object(runtime, "time", _StoppedTime),
             # A simulated power cut keeps what the kernel has; flushing it would take most of the time.
@@ -114,10 +116,25 @@ class MachineRoom:
     @contextmanager
     def run_as(self, machine: Machine) -> Iterator[None]:
         before, self.current = self.current, machine
+        written = cost.read_io("wchar")
         try:
             yield
         finally:
+            machine.written_bytes += cost.read_io("wchar") - written
             self.current = before
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave what is written here out of the current machine's `written_bytes`."""
+        written = cost.read_io("wchar")
+        try:
+            yield
+        finally:
+            self.current.written_bytes -= cost.read_io("wchar") - written
+
+    def _read_meter(self, now: ClockReading) -> MeterReading:
+        # Without what the current turn has written so far; the next reading has it.
+        return MeterReading(now.boot_s, self.current.written_bytes)
 
     def _make_uuid(self) -> uuid.UUID:
         return uuid.UUID(int=self.rng.getrandbits(128), version=4)

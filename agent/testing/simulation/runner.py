@@ -9,8 +9,7 @@ import random
 import resource
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,11 @@ Progress = Callable[[int, int, int], None]
 
 
 class Injected(msgspec.Struct, frozen=True):
-    """An event of the scenario, and the devices at which it happened."""
+    """An event of the scenario, and the devices at which it happened; `unseen`: those that had sent nothing before."""
 
     event: AnyEvent
     devices: list[str]
+    unseen: list[str] = []
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -139,6 +139,7 @@ class Simulation:
         self._digest = hashlib.sha256()
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
+        self._start_s: dict[str, float] = {}
         self._uplink_due: dict[str, float] = {}
         self._daemon_due: dict[str, float] = {}
         self._collector_due_s = float("inf")
@@ -188,12 +189,12 @@ class Simulation:
     def start(self) -> None:
         """Create the fleet; its devices start as time passes. Raises OutstationError."""
         self._began_s = time.monotonic()
-        with self._running():
+        with self.room.installed():
             self._prepare()
 
     def advance(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> bool:
         """Let simulated time pass, at most until `condition` is true after a turn of the collector; return it."""
-        with self._running():
+        with self.room.installed():
             self._condition, self._is_met = condition, False
             try:
                 self._advance(self.room.now_s + seconds)
@@ -203,7 +204,7 @@ class Simulation:
 
     def finish(self) -> Outcome:
         """End the feeds, wait until everything is acknowledged, and audit."""
-        with self._running():
+        with self.room.installed():
             for device in self.devices.values():
                 device.stop_feeds()
             self._drain()
@@ -211,7 +212,7 @@ class Simulation:
             assert self._operator is not None
             report = audit(self.store, operators=self._operator.public_keys)
         return Outcome(
-            injected=[Injected(event, self._scenario.select(event, self._names)) for event in self._scenario.events],
+            injected=[self._describe_event(event) for event in self._scenario.events],
             devices=[*self._names],
             fields=self._setup.fields,
             task_streams=self._setup.task_streams,
@@ -233,11 +234,9 @@ class Simulation:
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Let this process be the machines of the simulation."""
-        with self.room.installed():
-            yield
+    def _describe_event(self, event: AnyEvent) -> Injected:
+        names = self._scenario.select(event, self._names)
+        return Injected(event, names, [name for name in names if self._start_s[name] >= event.at])
 
     # --- preparation ---
 
@@ -256,6 +255,7 @@ class Simulation:
             self.devices[name] = SimulatedDevice(
                 *(name, home, self.room, self.air, feeds, self._models, partial(self._labels.find, name))
             )
+            self._start_s[name] = start_s
             self._at(start_s, partial(self._start, name))
             self._report_progress()
         self._operator = Operator(self.home, fleet, store, self.air, self._broker)

@@ -14,7 +14,7 @@ from agent.config import Duration
 from agent.config.sources import ReplayFault
 from agent.device.store.clock_segments import STEP_US
 from agent.errors import ConfigError
-from agent.fleet.incidents.conditions import silence_limit_s
+from agent.fleet.incidents.conditions import UNSEEN_LIMIT_S, silence_limit_s
 from agent.fleet.incidents.monitor import POLL_INTERVAL_S
 from agent.fleet.rollout import plan as plans
 from agent.names import is_name
@@ -26,9 +26,10 @@ MAX_DEVICES = 10_000
 _SENSOR_ALERTS = ("drift", "fault")
 
 
-def _is_silence_due(lasted_s: float, health_interval_s: float) -> bool:
-    """Return True if the collector must have noticed that nothing arrives from a device."""
-    return lasted_s > silence_limit_s(health_interval_s) + POLL_INTERVAL_S
+def _is_silence_due(lasted_s: float, health_interval_s: float, *, is_seen: bool) -> bool:
+    """Return True if the collector must have noticed that nothing arrives from a device, seen before or never."""
+    limit_s = silence_limit_s(health_interval_s) if is_seen else UNSEEN_LIMIT_S
+    return lasted_s > limit_s + POLL_INTERVAL_S
 
 
 class Event(Section, frozen=True):
@@ -57,10 +58,10 @@ class Event(Section, frozen=True):
     def expected_alerts(self) -> Sequence[str]:
         return self.default_expect if self.expect is None else self.expect
 
-    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
+    def is_alert_due(self, lasted_s: float, health_interval_s: float, *, is_seen: bool = True) -> bool:
         """Return True if the default alerts must come of an event that lasted so long.
 
-        `health_interval_s`: seconds between the health messages of a device.
+        `health_interval_s`: seconds between the health messages of a device; `is_seen`: it sent some before the event.
         """
         return True
 
@@ -166,8 +167,8 @@ class Outage(Event, frozen=True, tag_field="kind", tag="outage"):
 
     default_expect: ClassVar[tuple[str, ...]] = ("connection",)
 
-    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
-        return _is_silence_due(lasted_s, health_interval_s)
+    def is_alert_due(self, lasted_s: float, health_interval_s: float, *, is_seen: bool = True) -> bool:
+        return _is_silence_due(lasted_s, health_interval_s, is_seen=is_seen)
 
 
 class BadNetwork(Event, frozen=True, tag_field="kind", tag="network"):
@@ -199,7 +200,7 @@ class SkewedClock(Event, frozen=True, tag_field="kind", tag="clock"):
     def offset_us(self) -> int:
         return round((self.ahead - self.behind) * 1e6)
 
-    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
+    def is_alert_due(self, lasted_s: float, health_interval_s: float, *, is_seen: bool = True) -> bool:
         # A smaller step is none, and a longer one is noticed by the next turn of the daemon.
         return abs(self.offset_us) >= STEP_US and lasted_s > health_interval_s
 
@@ -213,8 +214,8 @@ class FullDisk(Event, frozen=True, tag_field="kind", tag="full-disk"):
 
     default_expect: ClassVar[tuple[str, ...]] = ("storage", "connection")
 
-    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
-        return _is_silence_due(lasted_s, health_interval_s)
+    def is_alert_due(self, lasted_s: float, health_interval_s: float, *, is_seen: bool = True) -> bool:
+        return _is_silence_due(lasted_s, health_interval_s, is_seen=is_seen)
 
 
 class WrongLabels(Event, frozen=True, kw_only=True, tag_field="kind", tag="wrong-labels"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def test_show_says_which_reference_is_in_force(site: Site) -> None:
     reported = call_outstation("reference", "show", "exercise", "-c", str(site.config))
     assert "of this site, sha256:" in reported.stdout
     # What is not found is said where one looks, before it happens.
-    [changes] = {line for line in reported.stdout.splitlines() if line.startswith("found within 20 drift windows, 90%")}
-    assert changes.count("spread") == len(result["site"]["smallest_changes"]["fields"])
+    assert re.search(r"found within 20 drift windows, 90% of the time:\n  \w\w ", reported.stdout)
+    assert reported.stdout.count("spread × ") == len(result["site"]["smallest_changes"]["fields"])
     assert "found within 20 drift windows" in call_outstation("status", "-c", str(site.config)).stdout
 
 

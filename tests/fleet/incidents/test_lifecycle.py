@@ -58,6 +58,9 @@ def test_an_alert_is_acknowledged_muted_and_cleared(store: FleetStore, sender: M
     acknowledged = incidents.find_incident(store, first.ref[:6], now=NOW).acknowledged
     assert acknowledged is not None
     assert (acknowledged.by, acknowledged.at, acknowledged.note) == ("eva", NOW, "on it")
+    assert incidents.find_incident(store, first.id, now=NOW).ref == first.ref
+    with pytest.raises(UsageError, match=r"'nosuch' is no incident; `outstation fleet alerts` lists them"):
+        incidents.find_incident(store, "nosuch", now=NOW)
     add(store, sender, sender.alert(AX, "cleared", severity="info", summary="over"))
     assert statuses(store)[AX] == "cleared"
     [cleared] = incidents.list_incidents(store, IncidentFilter(open=False), now=NOW)
@@ -217,4 +220,4 @@ def test_the_command_acknowledges_and_mutes(tmp_path: Path) -> None:
     wrong = runner.invoke(commands, ["alerts", "mute", row["incident"], "--until", "tomorrow", "--dir", str(tmp_path)])
     assert isinstance(wrong.exception, UsageError)
     missing = runner.invoke(commands, ["alerts", "mute", "ffffffff", "--dir", str(tmp_path)])
-    assert "lists the IDs" in str(missing.exception)
+    assert "is no incident; `outstation fleet alerts` lists them" in str(missing.exception)

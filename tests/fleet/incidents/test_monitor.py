@@ -118,6 +118,20 @@ def test_a_device_that_stopped_or_left_is_not_silent(store: FleetStore, reason: 
     assert "silent" not in [name for _, name, _ in fleet.open()]
 
 
+def test_a_device_that_never_sent_anything_is_warned_of_after_a_day(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.at_s = DAY_S - 600
+    fleet.run(590)
+    assert fleet.open() == []
+    fleet.run(60)
+    assert fleet.open() == [("pi-00", "silent", "warning")]
+    [incident] = incidents.list_incidents(store, now=fleet.time())
+    assert "since it was enrolled on 2026-11-24 22:00:00 UTC" in incident.summary
+    fleet.health()
+    fleet.run(60)
+    assert fleet.messages() == [("silent", "raised"), ("silent", "cleared")]
+
+
 def test_devices_are_not_silent_because_the_collector_was_off(store: FleetStore) -> None:
     fleet = Fleet(store)
     fleet.health()

@@ -65,7 +65,7 @@ def report(accepted: int, rejected: Mapping[int, str], as_json: bool, **more: An
     """Print how many labels were accepted and why others were not, and exit with 1 if any was rejected."""
     lines = [{"line": n, "reason": reason} for n, reason in sorted(rejected.items())]
     document = {"accepted": accepted, "rejected": lines, **more}
-    emit(document, as_json, lambda: print_rejected(accepted, rejected, "labels"))
+    emit(document, as_json, lambda: print_rejected(accepted, rejected, "label"))
     if rejected:
         sys.exit(1)
 

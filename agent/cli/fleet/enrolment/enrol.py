@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 from collections import Counter
@@ -137,7 +138,9 @@ def _emit_fleet(
         )
         place = made.keys[0].parent
         lines.append(f"Move the root keys in {place} to separate offline media: two of them change any other key.")
-    lines.append(f"Next: outstation fleet {'invite' if broker.tls else 'token'} DEVICE --dir {folder}")
+    lines.append(
+        f"Next: outstation fleet {'invite' if broker.tls else 'token'} DEVICE --dir {shlex.quote(str(folder))}"
+    )
     emit(document, as_json, lambda: print_lines(*lines))
 
 

@@ -71,7 +71,7 @@ def result(
 
 
 @verdict.command("alert", epilog="Example: outstation fleet verdict alert 3f9a false-alarm --label ABD --by eva")
-@click.argument("ref", metavar="ID")
+@click.argument("ref", metavar="INCIDENT")
 @click.argument("opinion", metavar="right|false-alarm", type=click.Choice(["right", "false-alarm"]))
 @click.option("--label", metavar="LABEL", help="True label of the result that the alert is about.")
 @by_option

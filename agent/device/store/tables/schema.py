@@ -243,9 +243,7 @@ PRUNE_SOURCE_POSITIONS = """
 
 # Kinds of alerts that are stored while they are open. The others, such as a row that cannot be read, are never cleared.
 OPEN_ALERT_KINDS = ("drift", "fault", "result", "model", "quality")
-SELECT_OPEN_ALERTS = """
-    SELECT value FROM checked_task_state WHERE task = ?1 AND substr(name, 1, length(?2)) = ?2
-"""
+SELECT_OPEN_ALERTS = "SELECT value FROM checked_task_state WHERE task = ? AND instr(name, ?) = 1"
 SELECT_OLD_ALERTS = """
     SELECT rowid, length(body) FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 50 ORDER BY rowid LIMIT 200
 """

@@ -11,9 +11,9 @@ from agent.fleet.database.interface import Connection, Row
 
 # The newest log of a device is its first live one. Of each, the newest health message, by index health_messages.
 _STATUS = """
-    SELECT k.device, k.state, k.last_seen, k.active, k.log, m.payload, m.received
+    SELECT k.device, k.enrolled, k.state, k.last_seen, k.active, k.log, m.payload, m.received
     FROM (
-        SELECT d.device, d.state, d.last_seen, l.log,
+        SELECT d.device, d.enrolled, d.state, d.last_seen, l.log,
                EXISTS (SELECT 1 FROM keys WHERE device = d.device AND revoked IS NULL AND last_seq IS NULL)
                    AND NOT EXISTS (SELECT 1 FROM retired_devices r WHERE r.device = d.device) AS active,
                (SELECT max(seq) FROM messages h WHERE h.device = d.device AND h.log = l.log AND h.kind = 'health')
@@ -41,6 +41,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     """
 
     device: str
+    enrolled: str
     state: str | None
     last_seen: str | None
     is_active: bool
@@ -62,8 +63,12 @@ def load_status(db: Connection) -> list[DeviceStatus]:
     """Return the status of every enrolled device."""
     rows = db.execute(_STATUS).fetchall()
     return [
-        DeviceStatus(device, state, seen, bool(active), log, None if payload is None else bytes(payload), received)
-        for device, state, seen, active, log, payload, received in rows
+        DeviceStatus(
+            *(device, enrolled, state, seen, bool(active), log),
+            None if payload is None else bytes(payload),
+            received,
+        )
+        for device, enrolled, state, seen, active, log, payload, received in rows
         if isinstance(device, str)
     ]
 

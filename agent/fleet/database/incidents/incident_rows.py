@@ -37,7 +37,7 @@ _IS_RAISED = "i.state = 'raised'"
 _KEY_COLUMNS = ("source", "device", "log", "id", "task", "alert")
 _FIND = """
     SELECT source, device, log, id, state = 'raised' AS is_raised FROM incidents
-    WHERE ref >= ? AND ref < ? ORDER BY 5 DESC, ref LIMIT ?"""
+    WHERE {} ORDER BY 5 DESC, ref LIMIT ?"""
 _ACKNOWLEDGE = """
     INSERT INTO alert_handling (source, device, log, id, acknowledged_seq, acknowledged_by, acknowledged_at,
                                 acknowledged_note) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
@@ -81,9 +81,10 @@ def count_keys(db: Connection, values: Mapping[str, Any]) -> int:
 
 
 def find_keys(db: Connection, ref: str, limit: int) -> list[tuple[IncidentKey, bool]]:
-    """Return (key, raised) of the incidents whose ref begins with `ref`, raised ones first."""
+    """Return (key, raised) of the incidents whose ref begins with `ref`, or else whose id it is; raised ones first."""
     # Refs are hexadecimal.
-    rows = db.execute(_FIND, (ref, f"{ref}g", limit))
+    rows = db.execute(_FIND.format("ref >= ? AND ref < ?"), (ref.lower(), f"{ref.lower()}g", limit)).fetchall()
+    rows = rows or db.execute(_FIND.format("id = ?"), (ref, limit)).fetchall()
     return [((source, device, log, identity), bool(raised)) for source, device, log, identity, raised in rows]
 
 
