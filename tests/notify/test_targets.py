@@ -184,8 +184,11 @@ def test_mail_that_the_server_refuses_fails(tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_is_named_with_what_to_do() -> None:
     mail = EmailTarget(host="127.0.0.1", port=1, security="none", sender="a@example.org", to=["b@example.org"])
     broker = BrokerConfig(url="mqtt://127.0.0.1:1")
-    for target in (WebhookTarget(url="http://127.0.0.1:1/x"), mail, MqttTarget(topic="alerts", broker=broker)):
-        with pytest.raises(SendFailed, match=r"127\.0\.0\.1:1: Connection refused; nothing listens there: start the"):
+    hook = WebhookTarget(url="http://127.0.0.1:1/x")
+    for target, what in ((hook, "server"), (mail, "server"), (MqttTarget(topic="alerts", broker=broker), "broker")):
+        with pytest.raises(
+            SendFailed, match=rf"127\.0\.0\.1:1: Connection refused; nothing listens .*start the {what},"
+        ):
             send(target, message())
 
 
