@@ -76,15 +76,17 @@ _MARKS = {
         "scripts.kit.postgres",
         "tests.device.intake.test_sources",
         "tests.end_to_end.test_daemon",
-        "tests.kit.exchanges",
-        "tests.kit.kills",
-        "tests.kit.outputs",
+        "tests.kit.bundle_devices",
+        "tests.kit.killed_watcher",
+        "tests.kit.multi_output_device",
         "tests.kit.repositories",
         "tests.kit.rollouts",
         "tests.kit.stations.Killable",
         "tests.kit.updating",
     },
 }
+# Folders of tests that mostly wait for other processes.
+_WAITING = {"end_to_end", "project", "rollout", "intake", "notify", "bridge", "testing"}
 _FIXTURES = {
     "broker": {"outstation_broker", "outstation_fleet"},
     "postgres": {"postgres_server", "postgres_url"},
@@ -92,8 +94,10 @@ _FIXTURES = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests by the programs they start, so that `-m "not process"` selects tests without any."""
+    if hasattr(config, "workerinput"):
+        _mix_files(items)
     for item in items:
         used = _used_names(item.module) if isinstance(item, pytest.Function) else set()
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -104,6 +108,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(mark)
         if "end_to_end" in item.path.parts:
             item.add_marker("process")
+
+
+def _mix_files(items: list[pytest.Item]) -> None:
+    """Spread files that mostly wait for other processes over those that compute, so that parallel ones share the cores.
+
+    The last files compute: the longest of them takes a few seconds.
+    """
+    files = list(dict.fromkeys(item.path for item in items))
+    waiting = [path for path in files if _WAITING & set(path.parts)]
+    computing = [path for path in files if not _WAITING & set(path.parts)]
+    places = {path: 0.9 * i / len(waiting) for i, path in enumerate(waiting)}
+    places |= {path: i / len(computing) for i, path in enumerate(computing)}
+    items.sort(key=lambda item: places[item.path])
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 from agent.text import pluralize, printable, printable_json, printable_lines
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -156,6 +157,21 @@ def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> Non
         echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
     for part in dict.fromkeys(part for reason in rejected.values() for part in _REMEDIES if part in reason):
         echo(f"What to do: {_REMEDIES[part]}")
+
+
+def require_writable(file: Path) -> None:
+    """Check before long work that a file can be written, and make its folder. Raises UsageError."""
+    # Imported here: commands that write no file do not need it.
+    import tempfile
+
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {explain(error)}") from None
 
 
 def require_plot_format(file: Path | None) -> None:

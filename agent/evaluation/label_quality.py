@@ -28,11 +28,13 @@ def check_class_balance(counts: dict[str, int], accuracy: float | None) -> list[
     if not counts:
         return []
     most, least = max(counts, key=lambda c: counts[c]), min(counts, key=lambda c: counts[c])
-    ratio = counts[most] / max(1, counts[least])
+    # Of a class without windows nothing is a multiple.
+    rarest = min((label for label in counts if counts[label]), key=lambda c: counts[c], default=most)
+    ratio = counts[most] / max(1, counts[rarest])
     share = counts[most] / sum(counts.values())
     warnings = []
     if ratio >= _MAX_CLASS_RATIO:
-        text = f"{most} has {ratio:.0f} times as many windows as {least} ({counts[most]} and {counts[least]})"
+        text = f"{most} has {ratio:.0f} times as many windows as {rarest} ({counts[most]} and {counts[rarest]})"
         warnings.append(warning(CLASS_IMBALANCE, f"{text}: read F1 and the classes, not accuracy alone."))
     if counts[least] < _MIN_CLASS_WINDOWS:
         text = f"{least} has {counts[least]} windows: too few to say how well the model recognises it."

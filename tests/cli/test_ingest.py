@@ -218,7 +218,7 @@ def test_stdin_is_read_as_utf8_in_any_locale(home: Path, locale: str) -> None:
 def test_json_lines_come_from_stdin_too(home: Path) -> None:
     command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
     done = subprocess.run(command, input=b'{"ax":1,"ay":2}\n', capture_output=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"1 rows accepted, 0 rejected\n", b"")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"1 row accepted, 0 rejected\n", b"")
 
 
 @pytest.mark.parametrize(
@@ -581,7 +581,7 @@ def test_files_of_a_stream_that_may_repeat_are_added_each_time(
     (home / "outstation.toml").write_text(text.replace("[streams.watch]", '[streams.watch]\nduplicates = "accept"'))
     (home / "in.csv").write_text(f"t,ax,ay\n{T0},1,1\n")
     for _ in range(2):
-        assert ingest("watch", home / "in.csv")[:2] == (0, "1 rows accepted, 0 rejected\n")
+        assert ingest("watch", home / "in.csv")[:2] == (0, "1 row accepted, 0 rejected\n")
 
 
 def test_a_run_that_was_killed_is_continued_and_doubles_no_row(

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from agent.cli.model.group import model as command
 from agent.errors import ConfigError, UsageError
-from agent.evaluation import gate, small_cells
+from agent.evaluation import gate, label_quality, small_cells
 from agent.evaluation.context import EvaluationRequest
 from agent.evaluation.document import Evaluation
 from agent.model.bundle import bundle
@@ -135,6 +135,18 @@ def test_a_quantity_that_cannot_come_is_refused_before_anything_is_read(
     assert problem in str(refused)
 
 
+@pytest.mark.parametrize("option", ["--html", "--junit", "--card"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(
+    tabular: Path, tmp_path: Path, option: str
+) -> None:
+    missing, file = tmp_path / "rows.csv", tmp_path / "file"
+    missing.write_text("not,read\n")
+    file.touch()
+    refused = run(tabular, missing, "--require", "accuracy > 0", option, file / "out").exception
+    assert isinstance(refused, UsageError)
+    assert ": cannot be written: " in str(refused)
+
+
 def test_a_quantity_that_may_come_is_not_refused(evaluation: Evaluation, tabular: Path) -> None:
     manifest = bundle.read(tabular, None).manifest
     request = EvaluationRequest(
@@ -144,6 +156,15 @@ def test_a_quantity_that_may_come_is_not_refused(evaluation: Evaluation, tabular
     names += ["slice(site=*).accuracy", "slice(site=s1).accuracy", "slice(*).accuracy", "*.recall", "*", "fault(*, 1*"]
     names += ["fault(noise, 0.5 sd).accuracy", "without(ax, ay).drop", "adversarial(ax, PEN).median_sd", "float.*"]
     gate.check_names(gate.read_gate([f"{name} > 0" for name in names]), manifest, request)
+
+
+def test_a_class_without_windows_is_named_and_no_multiple_of_it() -> None:
+    checks = label_quality.check_class_balance({"a": 300, "b": 20, "c": 0}, None)
+    assert [check.summary for check in checks] == [
+        "a has 15 times as many windows as b (300 and 20): read F1 and the classes, not accuracy alone.",
+        "c has 0 windows: too few to say how well the model recognises it.",
+    ]
+    assert len(label_quality.check_class_balance({"a": 300, "c": 0}, None)) == 1
 
 
 @given(st.text(max_size=40))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,6 @@ def window(
         "state": next((s for s in ("fault", "drift", "insufficient", "ok") if s in states), "ok"),
     }
     return sender.append("drift", task=sender.task, **{**body, **changes})
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:
@@ -497,6 +490,8 @@ def test_the_report_names_the_first_onset_and_its_states(folder: Path) -> None:
     assert [d["device"] for d in alone["devices"]] == ["pi-02"]
     assert alone["features"]["f0"]["n"] == 4800
     assert alone["first_onset"] is None
+    assert (alone["windows"], alone["sensor_fault_windows"]) == (12, 0)
+    assert (alone["features"]["f0"]["drift"], alone["features"]["f0"]["fault"]) == ([], [])
 
 
 @pytest.mark.parametrize(

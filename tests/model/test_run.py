@@ -37,9 +37,6 @@ from agent.model.inference.inference import Inference
 from agent.testing.messages import new_key
 from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, TABULAR, packed, readings, waves, write_csv
 
-# A fork begins with the memory of all that it might need.
-pytestmark = pytest.mark.exec
-
 ROOT = Path(__file__).parents[2]
 
 

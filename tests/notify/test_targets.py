@@ -216,11 +216,8 @@ def test_the_retained_document_lists_the_open_alerts(outstation_broker: Mosquitt
     broker = BrokerConfig(url=outstation_broker.url)
     target = MqttTarget(topic="notify/acme", broker=broker)
     send(target, compose_open([alert()], sender="acme", fleet="acme", now_s=1.8e9))
-    link = Link(broker, "reader", subscribe=["notify/acme"])
-    try:
+    with Link(broker, "reader", subscribe=["notify/acme"]) as link:
         events = link.receive(5.0)
-    finally:
-        link.close()
     [delivery] = [event for event in events if isinstance(event, IncomingMessage)]
     document = json.loads(delivery.payload)
     assert delivery.retained

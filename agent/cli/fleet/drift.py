@@ -16,7 +16,7 @@ from agent.cli.fleet.common import (
     processes_option,
     progress_bar,
 )
-from agent.cli.output import PATH, dark_option, echo_styled, emit, plot_option, require_plot_format
+from agent.cli.output import PATH, dark_option, echo_wrapped, emit, plot_option, require_plot_format
 from agent.cli.time_option import parse_since
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
@@ -78,7 +78,8 @@ def drift(
         for line in report.format_lines(document):
             # Bold comes from the report; all other control characters are escaped.
             plain = click.unstyle(line)
-            echo_styled(click.style(printable(plain), bold=True) if plain != line else printable(line))
+            shown = click.style(printable(plain), bold=True) if plain != line else printable(line)
+            echo_wrapped(shown, 4, in_terminal_only=True)
 
     emit(document, as_json, print_report)
 

@@ -40,12 +40,14 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
     outliers = [outlier for outlier in group.find_outliers(reference_sd) if device in (None, outlier.device)]
     episodes = [episode for episode in group.ordered_episodes() if device in (None, episode.device)]
     first = next((episode for episode in episodes if episode.ended is None), None)
+    own = group if device is None else group.devices[device]
+    expected = group.estimate_performance() if device is None else group.devices[device].expected
     return {
         "task": group.task,
         "reference": group.shipped_reference,
         "differs_in": group.differs_in,
-        "windows": group.windows,
-        "sensor_fault_windows": group.faulty,
+        "windows": own.windows,
+        "sensor_fault_windows": own.faulty,
         "unsynced_windows": group.undated,
         "devices": [
             {
@@ -64,7 +66,7 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
         "outputs": _output_documents(group, device),
         "outputs_omitted": group.list_outputs()[1],
         "recent": _recent_documents(group, device, reference),
-        **_expected_members(expected := group.estimate_performance()),
+        **_expected_members(expected),
         "expected_outputs": {name: _expected_members(each) for name, each in sorted(expected.further.items())},
         "fleet_wide": [_fleet_wide_document(drift) for drift in group.detect_fleet_wide()],
         "first_onset": first.to_document() if first else None,
@@ -102,7 +104,11 @@ def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, 
     parts = group.merge_fields() if device is None else group.devices[device].fields
     documents = {}
     for name, part in parts.items():
-        states = {d: drift.last_window.fields[name].state for d, drift in group.devices.items() if drift.last_window}
+        states = {
+            each: drift.last_window.fields[name].state
+            for each, drift in group.devices.items()
+            if drift.last_window and device in (None, each)
+        }
         documents[name] = {
             "n": part.moments.n,
             "missing": part.missing,
@@ -112,8 +118,8 @@ def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, 
             "mean": part.moments.mean,
             "m2": part.moments.m2,
             "sd": part.sd,
-            "drift": [d for d, state in states.items() if state == "drift"],
-            "fault": [d for d, state in states.items() if state == "fault"],
+            "drift": [each for each, state in states.items() if state == "drift"],
+            "fault": [each for each, state in states.items() if state == "fault"],
         }
     return documents
 
@@ -193,14 +199,16 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
     expected = _format_expected(group)
     expected += "".join(f"; {name}{_format_expected(each)[1:]}" for name, each in group["expected_outputs"].items())
     yield f"  {pluralize(len(group['devices']), 'device')}, {pluralize(group['windows'], 'window')}{faulty}{expected}"
+    if recent := {each["against"] for each in group["recent"].values() if "js" in each}:
+        yield f"  JS and W1 compare the newest windows with the {' or the '.join(sorted(recent))}"
     for name, field in group["features"].items():
         states = [f"{state} on {abbreviate_names(field[state])}" for state in ("drift", "fault") if field[state]]
-        recent, change = group["recent"].get(name, {}), ""
-        if "js" in recent:
-            w1 = f", W1 {recent['w1']:.2f} sd" if "w1" in recent else ""
-            change = f"   recent JS {recent['js']:.2f}{w1} from the {recent['against']}"
+        change, size = group["recent"].get(name, {}), ""
+        if "js" in change:
+            w1 = f", W1 {change['w1']:.2f} sd" if "w1" in change else ""
+            size = f"  JS {change['js']:.2f}{w1}"
         state = "; ".join(states) or "ok"
-        yield f"  {name:12} mean {field['mean']:10.4g}   sd {field['sd']:10.4g}{change}   {state}"
+        yield f"  {name:12} mean {field['mean']:9.3g}  sd {field['sd']:9.3g}{size}  {state}"
     for name, states in group["outputs"].items():
         listed = [f"{state} on {abbreviate_names(devices)}" for state, devices in states.items() if state != "ok"]
         yield f"  output {name}: {'; '.join(listed) or 'ok'}"

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from agent import durable_files
-from agent.cli.output import echo, emit, print_table
+from agent.cli.output import echo, emit, print_table, require_writable
 from agent.cli.simulated import deferred_exit, print_audit
 from agent.errors import UsageError
 from agent.text import format_span, pluralize
@@ -63,6 +63,8 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
     report_file = options.report_file
     if report_file is not None and report_file.suffix not in (".json", ".html"):
         raise UsageError(f"--report {report_file}: must end in .json or .html")
+    if report_file is not None:
+        require_writable(report_file)
     bundles = dict(_split("--bundle", text, optional=True) for text in options.bundles)
     recordings = {
         stream: _split_columns(file) for stream, file in (_split("--recording", text) for text in options.recordings)

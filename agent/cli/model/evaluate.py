@@ -12,7 +12,7 @@ import msgspec
 from click.core import ParameterSource
 
 from agent.cli.model.run import address_option, engine_option, join_option, load_bundle, open_cluster
-from agent.cli.output import PATH, echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option, require_writable
 from agent.errors import UsageError, explain
 from agent.text import printable
 
@@ -113,6 +113,8 @@ def evaluate(
     chosen_gate = gate.read_gate(required)
     if junit is not None and not chosen_gate.requirements and against is None:
         raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
+    for path in filter(None, (html, junit, folder and folder / "MODEL_CARD.md")):
+        require_writable(path)
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
     gate.check_names(chosen_gate, loaded[0].manifest, request)
