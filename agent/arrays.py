@@ -124,7 +124,7 @@ def _from_list(kind: Any, value: Any) -> Any:
 
 def _to_raw(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        little = value.astype(value.dtype.newbyteorder("<"))
+        little = value if value.dtype.str[0] != ">" else value.astype(value.dtype.newbyteorder("<"))
         return [list(value.shape), little.tobytes(), little.dtype.str]
     return _to_list(value)
 

@@ -28,7 +28,6 @@ _MAX_INPUTS = 32  # those that by themselves tell most of the error
 _CUTS, _TAIL_CUTS = 39, 6  # of an input: evenly, and in each tail
 _MIN_TAIL, _FEW_TAIL, _TAIL_SHARE = 25, 12, 400  # answers beyond the last cut: one of 400, within these limits
 _MAX_QUANTILE = 0.995  # larger errors count as this one where predictions are judged
-_MIN_BIN = 25  # answers in the bin of the largest predictions
 # What the error model must explain of the squared deviations of unseen errors, and by how many standard errors.
 MIN_EXPLAINED, MIN_STANDARD_ERRORS = 0.01, 3.0
 
@@ -103,7 +102,9 @@ def train(statistics: Float32s | Float64s, answers: Float64s, errors: Float64s) 
     large = np.quantile(ratio, _MAX_QUANTILE)
     constant, predicted = ((np.minimum(unseen[count], large) - np.minimum(ratio, large)) ** 2 for count in (0, best))
     _require_skill(constant, predicted)
-    return _bin_errors(_boost(inputs, ratio, trees), np.rint(unseen[trees] * STEPS).astype(np.int64), absolute)
+    model = _boost(inputs, ratio, trees)
+    seen = model.predict(statistics[known], answers[known])
+    return _bin_errors(model, seen, np.rint(unseen[trees] * STEPS).astype(np.int64), absolute)
 
 
 def _require_skill(constant: Float64s, predicted: Float64s) -> None:
@@ -117,12 +118,15 @@ def _require_skill(constant: Float64s, predicted: Float64s) -> None:
         )
 
 
-def _bin_errors(model: ErrorModel, unseen: Ints, absolute: Float64s) -> ErrorReference:
-    """Return the reference with the errors (n,) by bin of their predictions (n,), finer where these are large."""
-    bins = expected_error.BINS
-    tail = 1 - np.geomspace(0.1, min(_MIN_BIN / len(unseen), 0.1), 9)
-    edges = np.quantile(unseen, np.concatenate([np.linspace(0, 0.9, bins - 8)[1:-1], tail]))
-    edges = np.rint(edges).astype(np.int64)
+def _bin_errors(model: ErrorModel, seen: Ints, unseen: Ints, absolute: Float64s) -> ErrorReference:
+    """Return the reference with the errors (n,) by bin of the predictions (n,) of trees that did not see them.
+
+    Bins hold equal shares of the square root of the density of predictions (Dalenius and Hodges 1959): narrower than
+    those of equal counts where predictions are large and few. The predictions of `model` (n,) reach further out.
+    """
+    bins, ordered = expected_error.BINS, np.sort(np.concatenate([seen, unseen]))
+    density = np.cumsum(np.sqrt(np.diff(ordered, prepend=ordered[0])))
+    edges = np.rint(np.interp(np.linspace(0, density[-1], bins + 1)[1:-1], density, ordered)).astype(np.int64)
     place = np.searchsorted(edges, unseen, side="right")
     total, squares = (bincount(place, values, bins) for values in (absolute, absolute**2))
     return ErrorReference(model, edges, bincount(place, minlength=bins), total, squares)

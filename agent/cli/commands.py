@@ -134,7 +134,7 @@ def _describe_misuse(error: click.ClickException) -> str:
         text = text.replace(before, after)
     help_hint = "" if "did you mean" in text else f"; `{command} --help` shows its use"
     if isinstance(error, click.NoSuchOption) and context and isinstance(context.command, click.Group):
-        help_hint = "; options follow the command, such as `outstation status --json`"
+        help_hint = f"; options follow the command: `{command} COMMAND {error.option_name}`"
     where = command.removeprefix("outstation").strip()
     return f"{where}: {text}{help_hint}" if where else f"{text}{help_hint}"
 

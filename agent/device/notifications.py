@@ -197,15 +197,12 @@ def read_states(folder: Path) -> Iterator[sqlite3.Connection]:
 @contextlib.contextmanager
 def open_notifications(folder: Path, source: DeviceAlertSource) -> Iterator[tuple[NotifyFile, DeviceAlertSource]]:
     """Open the file for the notifier's own thread."""
-    file = NotifyFile(folder)
-    try:
+    with contextlib.closing(NotifyFile(folder)) as file:
         with file.snapshot() as db:
             is_new = queue.load_cursor(db) is None
         if is_new:
             source.clear_target_alerts()
         yield file, source
-    finally:
-        file.close()
 
 
 def forget_notifications(folder: Path, source: DeviceAlertSource) -> None:

@@ -31,7 +31,7 @@ from agent.kernel import library as kernel
 # are looked at in so many windows, if these have no more fields than the second number.
 MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 640, 4096, 32
 # About; NumPy makes sorted copies of rows as float64.
-MAX_VALUES_PER_COMPILED_PASS, MAX_VALUES_PER_NUMPY_PASS = 1 << 19, 1 << 17
+MAX_VALUES_PER_COMPILED_PASS, MAX_VALUES_PER_NUMPY_PASS = 1 << 21, 1 << 17
 
 
 class CompleteWindows(msgspec.Struct, frozen=True, eq=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -135,8 +136,7 @@ def receive_deliveries(
     retry = Backoff()
     while end is None or time.monotonic() < end:
         try:
-            link = connect()
-            try:
+            with contextlib.closing(connect()) as link:
                 report("")
                 while end is None or time.monotonic() < end:
                     events = link.receive(0.5)
@@ -146,8 +146,6 @@ def receive_deliveries(
                         if isinstance(event, IncomingMessage):
                             link.acknowledge(event)
                     retry.reset()
-            finally:
-                link.close()
         except (LinkDown, StorageError) as down:
             if TAKEN_OVER in str(down).lower():
                 raise UsageError("another `fleet watch` connected with this certificate; run one at a time") from None

@@ -115,6 +115,10 @@ class Library:
     def sum_divergences(self) -> Function:
         return self._function("sum_divergences", 2, 4)
 
+    @cached_property
+    def fold_crc(self) -> Function:
+        return self._function("fold_crc", 2, 2)
+
     def _function(self, name: str, numbers: int, arrays: int) -> Function:
         """Return a function of whole numbers, then of addresses."""
         function = self._library[f"{name}_{self.variant}"]

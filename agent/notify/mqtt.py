@@ -30,8 +30,9 @@ def send(target: MqttTarget, message: Notification) -> None:
         }
     )
     try:
-        link = Link(target.broker, f"outstation-notify-{secrets.token_hex(6)}", retains=True, timeout_s=TIMEOUT_S)
-        try:
+        with Link(
+            target.broker, f"outstation-notify-{secrets.token_hex(6)}", retains=True, timeout_s=TIMEOUT_S
+        ) as link:
             token = link.send(OutgoingMessage(target.topic, body, retain=message.kind == "open"))
             end = time.monotonic() + TIMEOUT_S
             while (left := end - time.monotonic()) > 0:
@@ -40,8 +41,6 @@ def send(target: MqttTarget, message: Notification) -> None:
                         if event.is_accepted:
                             return
                         raise SendFailed(f"the broker refuses {target.topic}: {event.reason}; check its access list")
-        finally:
-            link.close()
     except LinkDown as down:
         raise SendFailed(str(down)) from None
     raise SendFailed(f"{target.broker.shown_url}: no receipt within {TIMEOUT_S:g} s")

@@ -15,6 +15,7 @@ from agent.indices import take
 STEPS = 1 << 20  # of a leaf, per mean absolute error
 MAX_TREES, MAX_DEPTH = 64, 4
 _MAX_LEAF = 1 << 40
+MAX_PREDICTION = (MAX_TREES + 1) * _MAX_LEAF
 _ROWS_PER_PASS = 1024
 
 

@@ -1,8 +1,9 @@
 """Direct loss estimation (DLE): the absolute error to expect of a number without labels, from the model's inputs.
 
 Source: NannyML's DLE. An error model predicts the error of each answer. Held-out data tell how large errors really
-were in each of 32 bins of that prediction, made to ascend, and a drift window how many answers fell in it. DLE sees
-inputs at which the model errs more; it does not see a relation between inputs and truth that changed.
+were in each of 32 bins of that prediction, and a drift window how many answers fell in it. Bins of few held-out answers
+follow the prediction: a shift moves many answers into them. DLE sees inputs at which the model errs more; it does not
+see a relation between inputs and truth that changed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Float64s, Ints
 from agent.indices import bincount, repeat
-from agent.performance.cbpe import EMPTY_BIN_WEIGHT, MAX_BIN_ANSWERS, PRIOR, isotonic_regression
-from agent.performance.error_model import ErrorModel
+from agent.performance.cbpe import MAX_BIN_ANSWERS, isotonic_regression
+from agent.performance.error_model import MAX_PREDICTION, STEPS, ErrorModel
 
 ASSUMES = "inputs and truth are related as in the held-out data; no concept drift"
 BINS = 32
 MIN_SUM, MAX_SUM = 1e-100, 1e100  # of held-out errors, and of their squares
+PRIOR = 300.0  # answers that the error model's own prediction counts for in each bin
 _ROUNDING = 1e-9  # of a sum
 # Bin (w,) of each answer's error to expect, by output; the first output has the name "".
 ErrorBins = Mapping[str, NDArray[np.uint8]]
@@ -44,14 +46,33 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return float(self.total.sum() / self.n.sum())
 
     @cached_property
+    def _predicted(self) -> Float64s:
+        """(32,) error that the model predicts in the middle of each bin, as a share of the mean.
+
+        An outermost bin is as wide as the next.
+        """
+        edges = self.edges / STEPS
+        edges = np.concatenate([[2 * edges[0] - edges[1]], edges, [2 * edges[-1] - edges[-2]]])
+        return np.maximum((edges[1:] + edges[:-1]) / 2, 0.0)
+
+    @cached_property
     def bin_error(self) -> Float64s:
-        """(32,) mean absolute error."""
-        return _ascend(self.n, self.total)
+        """(32,) mean absolute error, ascending."""
+        return self._ascend(self.total, self._predicted)
 
     @cached_property
     def bin_square(self) -> Float64s:
-        """(32,) mean square of the error."""
-        return _ascend(self.n, self.squares)
+        """(32,) mean square of the error, ascending."""
+        return self._ascend(self.squares, self._predicted**2)
+
+    def _ascend(self, total: Float64s, predicted: Float64s) -> Float64s:
+        """Return the ascending means (32,) of held-out sums (32,) and of PRIOR answers that follow `predicted` (32,).
+
+        Over the held-out answers they have the mean of these.
+        """
+        weight, mean = np.asarray(self.n + PRIOR, np.float64), float(total.sum() / self.n.sum())
+        means = isotonic_regression((total + PRIOR * mean * predicted) / weight, weight)
+        return means * (total.sum() / float((self.n * means).sum()))
 
     @property
     def bin_ratio(self) -> Float64s:
@@ -89,11 +110,8 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
             return None
         share = counts / answers
         mae = float((share * self.bin_error).sum())
-        overall = float(self.squares.sum() / self.n.sum())
-        # A few small errors do not make a bin certain.
-        cautious = (self.squares + PRIOR * overall) / (self.n + PRIOR) - self.bin_error**2
-        variance = np.maximum(cautious, 0.0)
-        spread = 1.96 * float(np.sqrt((share * variance / answers + share**2 * variance / (self.n + PRIOR)).sum()))
+        variance = np.maximum(self.bin_square - self.bin_error**2, 0.0)
+        spread = 1.96 * float(np.sqrt((share * variance / answers + share**2 * variance / (self.n + 1)).sum()))
         error = {
             "mae": mae,
             "mae_low": max(0.0, mae - spread),
@@ -110,6 +128,7 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
             self.model.is_valid(statistics)
             and self.edges.shape == (BINS - 1,)
             and bool((self.edges[1:] >= self.edges[:-1]).all())
+            and -MAX_PREDICTION <= int(self.edges[0]) <= int(self.edges[-1]) <= MAX_PREDICTION
             and self.n.shape == (BINS,)
             and bool(((self.n >= 0) & (self.n <= MAX_BIN_ANSWERS)).all() and self.n.any())
             and sums is not None
@@ -122,9 +141,3 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
         """Return True if n absolute errors can have these sums: total² / n ≤ squares ≤ total²."""
         square, more = self.total**2, self.squares * (1 + _ROUNDING)
         return bool(((square <= self.n * more) & (self.squares <= square * (1 + _ROUNDING))).all())
-
-
-def _ascend(n: Ints, total: Float64s) -> Float64s:
-    """Return the ascending means of each bin; one without answers follows its neighbours."""
-    weight = np.asarray(n + EMPTY_BIN_WEIGHT, np.float64)
-    return isotonic_regression((total + EMPTY_BIN_WEIGHT * total.sum() / n.sum()) / weight, weight)

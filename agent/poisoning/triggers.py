@@ -29,8 +29,8 @@ _MAX_FIELDS = 256
 # Patterns of a field, and exact and rounded ones of all fields that are tested, and windows of each.
 _MAX_OF_FIELD, _MAX_PATTERNS = 32, 96
 _MAX_MEMBERS = 128
-# A search of as many takes some seconds.
-_MAX_VALUES = 1 << 24
+# A search of as many values takes half a minute, and of as many rows half a gigabyte.
+_MAX_VALUES, _MAX_ROWS = 1 << 27, 1 << 23
 _MIN_OVERLAP = 0.8
 _MIN_CONTRADICTED, _MIN_EXCESS = 0.5, 0.3
 _MAX_DISTANCE = 2.0
@@ -100,7 +100,7 @@ def describe_omissions(windows: LabelledWindows) -> Iterator[str]:
     if searched < len(windows):
         yield (
             f"patterns: {searched:,} of {len(windows):,} windows were searched, spread evenly; "
-            f"a search takes at most {_MAX_VALUES:,} values"
+            f"a search takes at most {_MAX_VALUES:,} values and {_MAX_ROWS:,} rows"
         )
     if fields > _MAX_FIELDS:
         yield f"patterns: {_MAX_FIELDS} of {fields} fields were searched"
@@ -108,8 +108,8 @@ def describe_omissions(windows: LabelledWindows) -> Iterator[str]:
 
 def _choose_searched(windows: LabelledWindows) -> Ints:
     """Return the windows (m,) that are searched: all, or as many as the bound allows, spread evenly."""
-    values = windows.window_rows * min(int(windows.rows.shape[1]), _MAX_FIELDS)
-    count = max(1, min(len(windows), _MAX_VALUES // values))
+    rows = min(_MAX_ROWS, _MAX_VALUES // min(int(windows.rows.shape[1]), _MAX_FIELDS))
+    count = max(1, min(len(windows), rows // windows.window_rows))
     return np.linspace(0, len(windows) - 1, count).astype(np.int64)
 
 

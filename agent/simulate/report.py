@@ -45,8 +45,7 @@ def build_report(database: Path, plan: SimulationPlan, operators: Sequence[Publi
 
     `operators`: keys with which decisions about rollouts are valid.
     """
-    store = FleetStore(database, read_only=True)
-    try:
+    with FleetStore(database, read_only=True) as store:
         progress = {row["device"]: row for row in store.progress()}
         recordings = load(plan.scenario.file)
         accuracy, error, devices = Score(), Score(), []
@@ -67,8 +66,6 @@ def build_report(database: Path, plan: SimulationPlan, operators: Sequence[Publi
             devices.append({"device": site.device, **entry, **scores})
             accuracy, error = accuracy + correct, error + absolute
         return SimulationReport(devices, accuracy.mean(4), error.mean(1), audit(store, operators=operators))
-    finally:
-        store.close()
 
 
 def _accuracy_score(store: FleetStore, plan: SimulationPlan, recordings: Recordings, site: SimulatedSite) -> Score:

@@ -74,9 +74,5 @@ def _load_reports(db: Connection, rollout: Rollout) -> list[tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def _open_snapshot(database: Path) -> Iterator[tuple[FleetStore, Connection]]:
-    store = FleetStore(database, read_only=True)
-    try:
-        with store.snapshot() as db:
-            yield store, db
-    finally:
-        store.close()
+    with FleetStore(database, read_only=True) as store, store.snapshot() as db:
+        yield store, db

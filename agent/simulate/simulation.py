@@ -102,8 +102,7 @@ class Simulation(msgspec.Struct):
         config = self.prepare()
         self._start_broker(config.broker)
         self.spawn("collector", "fleet", "collect", "--dir", str(self.home))
-        store = FleetStore(self.database)
-        try:
+        with FleetStore(self.database) as store:
             for site in self.plan.sites:
                 home = self.config_path(site.device).parent
                 enrol_on_this_machine(self.home, config, store, site.device, home)
@@ -116,8 +115,6 @@ class Simulation(msgspec.Struct):
                     intake = load_config(file).data_dir / "intake.sock"
                     values = self.plan.metered_labels(load(self.plan.scenario.file), site)
                     self._meters[site.device] = LabelMeter(intake, self.plan.scenario.name, labels, values)
-        finally:
-            store.close()
 
     def start_dashboard(self) -> None:
         """Start the dashboard on a free port; without its libraries it only says so in its log."""

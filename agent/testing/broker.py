@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from agent.testing.process import find_program
+from agent.testing.process import ManagedProcess, find_program
 
 START_TIMEOUT_S = 60.0
 # Linux gives outgoing connections ports from 32768 on: one of those could take a broker's port while it is down, and a
@@ -38,7 +38,7 @@ def keep_user_root(conf: Path) -> Path:
     return conf
 
 
-class MosquittoBroker:
+class MosquittoBroker(ManagedProcess):
     """A broker that can be killed and started again on the same port.
 
     `extra_conf` is added to its config. `conf` runs a given config file instead, which listens on `port`.
@@ -59,7 +59,6 @@ class MosquittoBroker:
         self.port = port or free_port()
         self.url = f"mqtt://127.0.0.1:{self.port}"
         self.log = self.folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
         self._conf = conf or self.folder / "mosquitto.conf"
         if conf is None:
             lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"]
@@ -85,32 +84,12 @@ class MosquittoBroker:
                 raise RuntimeError(f"mosquitto did not start: {self.log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.01)
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
     def stop(self) -> None:
         """Send SIGTERM: the broker saves its persistent state."""
-        self._terminate(kill=False)
-
-    def kill(self) -> None:
-        """Send SIGKILL: unsaved state is lost."""
-        self._terminate(kill=True)
+        self._end(signal.SIGTERM)
 
     def __enter__(self) -> MosquittoBroker:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-
-    def _terminate(self, *, kill: bool) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
-        process.wait(timeout=60)

@@ -39,12 +39,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
         _skip_or_fail(missing)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    try:
-        yield
-    except MissingProgram as missing:
-        _skip_or_fail(missing)
+pytest_runtest_call = pytest_runtest_setup
 
 
 @pytest.fixture

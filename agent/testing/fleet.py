@@ -79,11 +79,8 @@ def field_tables(names: Sequence[str]) -> list[str]:
 
 def query_database(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
     """Run a query on a collector's database and return its rows."""
-    store = FleetStore(db, read_only=True)
-    try:
+    with FleetStore(db, read_only=True) as store:
         return [tuple(row) for row in store.fetch_all(sql, *values)]
-    finally:
-        store.close()
 
 
 def last_result_row(db: Path, device: str, task: str = "exercise") -> int:
@@ -120,11 +117,8 @@ class LocalFleet:
 
     def add_device(self, name: str) -> DeviceProcess:
         """Enrol a device and create its folder."""
-        store = self.open_store(write=True)
-        try:
+        with self.open_store(write=True) as store:
             home = enrol_on_this_machine(self.home, self.config, store, name, self.folder / name)
-        finally:
-            store.close()
         self.devices.append(DeviceProcess(home, name))
         return self.devices[-1]
 
@@ -140,11 +134,8 @@ class LocalFleet:
 
     def alerts(self, device: str = "") -> list[dict[str, Any]]:
         """Return all alerts that the collector has, raised and cleared, oldest first."""
-        store = self.open_store()
-        try:
+        with self.open_store() as store:
             return store.alerts(device or None, closed=True)
-        finally:
-            store.close()
 
     def wait_for(
         self, alert: str, *, device: str = "", within: str = f"{TIMEOUT_S:g} s", state: str = "raised"
@@ -157,11 +148,8 @@ class LocalFleet:
         while not (matches := match_alert(self.alerts(device), alert, state)):
             if time.monotonic() > deadline:
                 log = self.collector.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-                store = self.open_store()
-                try:
+                with self.open_store() as store:
                     seen = describe_fleet(store, {each.name: each.is_running for each in self.devices}, log)
-                finally:
-                    store.close()
                 raise AssertionError(f"alert {alert!r} {state} did not come within {within}\n{seen}")
             time.sleep(0.1)
         return matches[0]

@@ -46,7 +46,38 @@ def run_outstation(*arguments: str, timeout_s: float = TIMEOUT_S, **options: Any
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
 
 
-class OutstationProcess:
+class ManagedProcess:
+    """A program in a process of its own, which a test ends."""
+
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Send SIGKILL and wait for the end."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int, timeout_s: float = 60.0) -> int | None:
+        """Send a signal and return the exit code; kill what runs on after `timeout_s`. None if nothing runs."""
+        if self._process is None:
+            return None
+        self._process.send_signal(number)
+        try:
+            return self._process.wait(timeout_s)
+        finally:
+            self._process.kill()
+            self._process.wait(60)
+            self._process = None
+
+
+class OutstationProcess(ManagedProcess):
     """An `outstation` command in a process of its own; its output goes to a file."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
@@ -54,7 +85,6 @@ class OutstationProcess:
         self._arguments = arguments
         self.launcher: Sequence[str] = ("-m", "agent")
         self.prefix: Sequence[str] = ()
-        self._process: subprocess.Popen[bytes] | None = None
 
     def set_launcher(self, launcher: Sequence[str], prefix: Sequence[str] = ()) -> None:
         """Set the arguments of Python in place of `-m agent`, and the command before Python, from the next start on."""
@@ -68,35 +98,16 @@ class OutstationProcess:
             )
         return self
 
-    def kill(self) -> None:
-        """Send SIGKILL and wait for the end."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(60)
-            self._process = None
-
     def stop(self, timeout_s: float = 60.0) -> int:
         """Send SIGTERM and return the exit code."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            return self._process.wait(timeout_s)
-        finally:
-            self.kill()
+        code = self._end(signal.SIGTERM, timeout_s)
+        assert code is not None
+        return code
 
     def wait(self, timeout_s: float) -> int:
         """Wait until the process ends by itself and return its exit code."""
         assert self._process is not None
         return self._process.wait(timeout_s)
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
 
     def log_contains(self, text: str) -> bool:
         return self.log.exists() and text in self.log.read_text(encoding="utf-8", errors="replace")

@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import paho.mqtt.client as mqtt
@@ -218,6 +218,12 @@ class Link:
                     self._tick(0.0)
         finally:
             self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def drop(self) -> None:
         """Cut the connection without DISCONNECT, so that the broker publishes the Will."""

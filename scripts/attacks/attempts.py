@@ -139,7 +139,7 @@ def _(parties: Parties) -> Outcome:
 @_attempt(OPERATOR, "publish in a device's name, with a certificate that it issues itself")
 def _(parties: Parties) -> Outcome:
     forged = MessageSender(HONEST, parties.operator_key).health().to_outgoing()
-    with contextlib.closing(Link(parties.with_certificate_for(HONEST), HONEST)) as link:
+    with Link(parties.with_certificate_for(HONEST), HONEST) as link:
         return False, f"the broker takes it, the collector refuses it: {parties.await_refusal(HONEST, [forged], link)}"
 
 

@@ -90,16 +90,16 @@ class Parties:
         files = {"cert_file": str(home / "device.crt"), "tls_key_file": str(home / "device-tls.key")}
         return replace(self.fleet.config.broker, **files)
 
-    def link_of_thief(self, **options: Any) -> contextlib.closing[Link]:
-        return contextlib.closing(Link(self.as_device(self.thief.home), HOSTILE, **options))
+    def link_of_thief(self, **options: Any) -> Link:
+        return Link(self.as_device(self.thief.home), HOSTILE, **options)
 
-    def link_of_collector(self) -> contextlib.closing[Link]:
+    def link_of_collector(self) -> Link:
         """Connect beside the running collector, as a second one."""
         identity = collectors.resolve_identity(self.fleet.config, "b")
-        return contextlib.closing(Link(self.fleet.config.broker_for(identity), "collector-b"))
+        return Link(self.fleet.config.broker_for(identity), "collector-b")
 
-    def link_of_operator(self, **options: Any) -> contextlib.closing[Link]:
-        return contextlib.closing(Link(self.fleet.config.broker_for(self.fleet.config.operator), "operator", **options))
+    def link_of_operator(self, **options: Any) -> Link:
+        return Link(self.fleet.config.broker_for(self.fleet.config.operator), "operator", **options)
 
     def with_certificate_for(self, name: str) -> BrokerConfig:
         """Return the settings of a client with a certificate that the operator issues in any name."""
@@ -126,7 +126,7 @@ class Parties:
         return int(self.fleet.query("SELECT count(*) FROM messages WHERE device = ?", device)[0][0])
 
     def refusals(self, device: str) -> Counter[str]:
-        with contextlib.closing(self.fleet.open_store()) as store:
+        with self.fleet.open_store() as store:
             return Counter({row["reason"]: row["count"] for row in store.refusals() if row["device"] == device})
 
     def await_refusal(self, device: str, messages: Sequence[OutgoingMessage], link: Link, n: int = 1) -> str:
@@ -137,14 +137,14 @@ class Parties:
         return ", ".join(self.refusals(device) - before)
 
     def public_key(self, device: str) -> PublicKey:
-        with contextlib.closing(self.fleet.open_store()) as store:
+        with self.fleet.open_store() as store:
             key = store.active_key(device)
         assert key is not None
         return key
 
     def open_alerts(self, device: str) -> dict[str, str]:
         """Return the severity of each open alert, by its subject."""
-        with contextlib.closing(self.fleet.open_store()) as store:
+        with self.fleet.open_store() as store:
             return {str(row["subject"]): str(row["severity"]) for row in store.alerts(device)}
 
     # What the auditor does.
@@ -183,7 +183,7 @@ class Parties:
     # What the operator makes of the database.
 
     def read_log(self, device: str) -> list[IncomingMessage]:
-        with contextlib.closing(self.fleet.open_store()) as store:
+        with self.fleet.open_store() as store:
             rows = list(store.evidence(device))
         return [IncomingMessage(topic, payload, (jws,), False, 1, 1) for _, _, _, _, topic, payload, jws, _ in rows]
 
@@ -192,7 +192,7 @@ class Parties:
     ) -> Path:
         """Write a database of exactly these devices and messages; return the evidence folder made of it."""
         path = self.folder / f"{name}.db"
-        with contextlib.closing(FleetStore(path)) as store:
+        with FleetStore(path) as store:
             now = clock.now_rfc3339()
             for device, key in enrolled:
                 store.enrol(device, key, replace=False, now=now)

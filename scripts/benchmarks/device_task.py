@@ -80,12 +80,9 @@ def device_with_task(
         )
         _, conf = load_config(str(file))
         keys.generate(Path(folder) / KEY_FILE)
-        store = open_store(conf)
-        try:
+        with open_store(conf) as store:
             task = tasks.load_task(file, conf, store, "task")
             yield Bed(store, task, open_message_log(file, conf, store), step_us)
-        finally:
-            store.close()
 
 
 @contextlib.contextmanager
@@ -110,11 +107,8 @@ def device_process(fields: Sequence[str] = (), stream: str = "watch") -> Iterato
 def append_rows(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
     """Append rows to the store of a stopped device."""
     _, conf = load_config(str(config))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         _append(store, stream, rows, step_us)
-    finally:
-        store.close()
 
 
 def _append(store: Store, stream: str, rows: Floats, step_us: int, jitter_us: int = 0) -> None:

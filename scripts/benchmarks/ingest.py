@@ -66,14 +66,11 @@ def through_client_and_socket() -> list[Result]:
 @contextlib.contextmanager
 def _plain(path: Path) -> Iterator[sqlite3.Connection]:
     """Write to SQLite as a hand-written program would, with the store's durability."""
-    plain = sqlite3.connect(path, isolation_level=None)
-    try:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as plain:
         plain.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
         plain.execute("CREATE TABLE chunks (crc INTEGER, data BLOB)")
         plain.execute(f"CREATE TABLE readings ({', '.join(f'{name} REAL' for name in FIELDS)})")
         yield plain
-    finally:
-        plain.close()
 
 
 def _insert_chunks(plain: sqlite3.Connection, columns: np.ndarray[Any, Any], t: np.ndarray[Any, Any]) -> int:

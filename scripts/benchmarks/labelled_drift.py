@@ -280,11 +280,8 @@ def run_device(folder: Path, recording: Recording, bundle: Path, public: PublicK
         labels.write_text("\n".join(["row,label", *lines]) + "\n", encoding="utf-8")
         _run("label", recording.name, str(labels), *option)
         _run("batch", *option)
-        store = open_store(load_config(str(config))[1])
-        try:
+        with open_store(load_config(str(config))[1]) as store:
             fresh = store.unacknowledged_messages(latest, 1_000_000)
-        finally:
-            store.close()
         latest = fresh[-1].seq if fresh else latest
         messages.append([json.loads(message.payload) for message in fresh])
     return messages

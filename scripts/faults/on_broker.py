@@ -196,13 +196,10 @@ def _is_outbox_below(world: World, size: int) -> bool:
 def _write_backlog(world: World) -> None:
     """Write a backlog with the device's own signing and chaining, as after weeks of operation."""
     file, conf = load_config(str(world.device.config))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         author = open_message_log(file, conf, store)
         for first in range(0, _BACKLOG, _AT_ONCE):
             _write(store, author, first, clock.read())
-    finally:
-        store.close()
 
 
 def _write(store: Store, author: MessageLog, first: int, now: ClockReading) -> None:

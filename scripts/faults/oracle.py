@@ -161,11 +161,8 @@ def _declarations(world: World) -> Declarations:
 
 def _evidence(world: World) -> tuple[AuditReport, int]:
     """Return the audit result, and the number of runs whose commitment does not match the sent rows."""
-    store = world.fleet.open_store()
-    try:
+    with world.fleet.open_store() as store:
         report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))
-    finally:
-        store.close()
     runs = world.fleet.query("SELECT payload FROM messages WHERE device = ? AND kind = 'results'", DEVICE)
     return report, sum(_altered(world, json.loads(payload)) for (payload,) in runs)
 

@@ -143,11 +143,8 @@ class World:
     @contextlib.contextmanager
     def device_store(self) -> Iterator[Store]:
         """Open the device's store read-only for the block."""
-        store = Store.open_read_only(self.device.data_dir)
-        try:
+        with Store.open_read_only(self.device.data_dir) as store:
             yield store
-        finally:
-            store.close()
 
     def outbox_size(self) -> int:
         """Return the number of messages in the device's outbox."""

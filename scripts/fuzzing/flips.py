@@ -189,8 +189,7 @@ def flip_stores(folder: Path, random: Random, count: int) -> Iterator[tuple[Flip
 
 def answers(database: Path) -> dict[str, object]:
     """Return what the database says to its readers."""
-    store = FleetStore(database, read_only=True)
-    try:
+    with FleetStore(database, read_only=True) as store:
         return {
             "alerts": store.alerts(closed=True),
             "gaps": store.gaps(),
@@ -198,8 +197,6 @@ def answers(database: Path) -> dict[str, object]:
             "keys": store.enrolled_keys(),
             "messages": [tuple(row[:7]) for row in store.evidence()],
         }
-    finally:
-        store.close()
 
 
 def check_database(database: Path, before: dict[str, object]) -> str:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float32s
-from agent.kernel import library, model_input
+from agent.kernel import checksum, library, model_input
 from agent.model.bundle.manifest import ModelInput, WindowSpec
 from agent.model.inference import features
 from agent.model.inference.quantization import Kind, Quantization, quantize_by_numpy
@@ -41,6 +43,8 @@ def compute_both_ways(data: bytes) -> None:
     with np.errstate(invalid="ignore"):  # signaling NaN
         sequence.z.reshape(-1)[: len(numbers)] = numbers[: sequence.z.size]
     assert score_sequences.run(sequence, library.kernel()) == score_sequences.run(sequence, None)
+    blob, value = rng.bytes(int(rng.integers(50_000))) + data, int(rng.integers(2**32))
+    assert checksum.crc32(blob, value) == zlib.crc32(blob, value)
     _compare_model_input(rng, numbers)
 
 

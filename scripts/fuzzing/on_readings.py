@@ -15,8 +15,9 @@ from agent.client import _encode_frame
 from agent.config import FieldConfig, StreamConfig
 from agent.datasets.formats import open_file
 from agent.device.intake.file_reader import read_blocks
+from agent.device.intake.frames import Frames
 from agent.device.intake.protocol import LineParser
-from agent.device.intake.splitter import Frame, Splitter
+from agent.device.intake.splitter import Oversized, Splitter
 from agent.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
 from agent.errors import RowRejected
 from scripts.fuzzing import as_file, target, unique_keys
@@ -72,22 +73,33 @@ def frames() -> list[bytes]:
 @target("frames", "each frame or line of a producer is accepted or rejected, however its bytes arrive", frames)
 def frames_and_lines(data: bytes) -> None:
     whole, bytewise = Splitter(), Splitter()
-    items = whole.split(data)
-    pieces = [piece for at in range(len(data)) for piece in bytewise.split(data[at : at + 1])]
-    assert sum(len(item) if isinstance(item, list) else 1 for item in items) == sum(
-        len(piece) if isinstance(piece, list) else 1 for piece in pieces
-    )
-    assert [item for item in items if isinstance(item, Frame)] == [p for p in pieces if isinstance(p, Frame)]
+    items = whole.split(memoryview(data))
+    pieces = [piece for at in range(len(data)) for piece in bytewise.split(bytewise.partial + data[at : at + 1])]
+    assert sum(map(_count, items)) == sum(map(_count, pieces))
+    frames = [frame for item in items if isinstance(item, Frames) for frame in item]
+    assert frames == [frame for piece in pieces if isinstance(piece, Frames) for frame in piece]
     assert (whole.partial, whole.is_dropping) == (bytewise.partial, bytewise.is_dropping)
     assert len(whole.partial) <= len(data)
-    parser = LineParser(STREAMS)
+    parser, one_by_one = LineParser(STREAMS), LineParser(STREAMS)
     for item in items:
-        if isinstance(item, Frame):
-            parsed = parser.parse_frame(item.content, 1, NOW_US)
-            alone = LineParser(STREAMS).parse_frame(item.content, 1, NOW_US)
-            assert parsed.rejected or (parsed.validated is not None and len(parsed.validated.rows))
-            assert not parsed.rejected or parsed.rejected.keys() == {1}
-            assert parsed.stream == alone.stream
+        if isinstance(item, Frames):
+            together = parser.parse_frames(item, 1, NOW_US)
+            alone = [
+                parsed
+                for number, frame in enumerate(item, 1)
+                for parsed in one_by_one.parse_frames(frame, number, NOW_US)
+            ]
+            assert [line for parsed in together for line in parsed.lines] == [
+                line for parsed in alone for line in parsed.lines
+            ]
+            assert {n: why for parsed in together for n, why in parsed.rejected.items()} == {
+                n: why for parsed in alone for n, why in parsed.rejected.items()
+            }
+            assert all(parsed.rejected or (parsed.validated and len(parsed.validated.rows)) for parsed in together)
+
+
+def _count(item: list[bytes] | Frames | Oversized) -> int:
+    return 1 if isinstance(item, Oversized) else len(item)
 
 
 def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[str, bytes]]:

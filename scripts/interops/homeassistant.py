@@ -162,14 +162,11 @@ def running(python: Path, home: Path, broker_port: int) -> Iterator[Server]:
 def read_discovery(broker: str) -> bytes:
     """Return the device's retained discovery document."""
     topic = Place(FLEET, "collector", "homeassistant").config_topic(DEVICE)
-    link = Link(BrokerConfig(url=broker), "interop", subscribe=[topic])
-    try:
+    with Link(BrokerConfig(url=broker), "interop", subscribe=[topic]) as link:
         for _ in range(50):
             for event in link.receive(0.2):
                 if isinstance(event, IncomingMessage) and b"drift-exercise" in event.payload:
                     return event.payload
-    finally:
-        link.close()
     return b""
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from agent.testing.broker import free_port
-from agent.testing.process import MissingProgram
+from agent.testing.process import ManagedProcess, MissingProgram
 
 START_TIMEOUT_S = 60.0
 # `initdb` and the server refuse to run as root.
@@ -29,7 +29,7 @@ def find_binaries() -> Path | None:
     return next((folder for folder in places if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
 
 
-class PostgresServer:
+class PostgresServer(ManagedProcess):
     """A PostgreSQL server with a database per caller; `conf` extends its settings."""
 
     def __init__(self, folder: Path, *, conf: str = "") -> None:
@@ -42,7 +42,6 @@ class PostgresServer:
         if self._as_user:
             shutil.chown(folder, USER)
         self._data = folder / "data"
-        self._process: subprocess.Popen[bytes] | None = None
         self._databases = 0
         command = [str(self._bin / "initdb"), "-D", str(self._data), "-U", "fleet", "-A", "trust", "-E", "UTF8"]
         command += ["--locale=C.UTF-8", "--no-sync", "-N"]
@@ -68,19 +67,13 @@ class PostgresServer:
                 raise RuntimeError(f"postgres did not start: {(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
 
-    @property
-    def pid(self) -> int:
-        """Process id of the postmaster."""
-        assert self._process is not None
-        return self._process.pid
-
     def stop(self) -> None:
         """Stop the server cleanly: all connections end and open data are written."""
-        self._signal(signal.SIGINT)
+        self._end(signal.SIGINT)
 
     def kill(self) -> None:
         """Kill the server, as a power cut would, except for the disk."""
-        self._signal(signal.SIGQUIT)
+        self._end(signal.SIGQUIT)
 
     def create_database(self) -> str:
         """Create an empty database and return its URL."""
@@ -94,12 +87,6 @@ class PostgresServer:
 
     def _url(self, name: str) -> str:
         return f"postgresql://fleet@127.0.0.1:{self.port}/{name}"
-
-    def _signal(self, number: int) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.send_signal(number)
-            process.wait(timeout=60)
 
 
 @contextlib.contextmanager

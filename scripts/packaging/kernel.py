@@ -38,7 +38,7 @@ TRIPLES = {
     "armv7l": "armv7a-linux-gnueabihf",
 }
 # Sets of instructions beyond the least one of a machine, of which the loader selects one.
-VARIANTS = {"x86_64": {"avx2": ("-mavx2",)}}
+VARIANTS = {"x86_64": {"avx2": ("-mavx2", "-mpclmul")}}
 _CLANGS = ("clang", *(f"clang-{version}" for version in range(22, 13, -1)))
 
 

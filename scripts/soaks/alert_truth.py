@@ -139,16 +139,13 @@ def _run_device(
     readings = _shuffle_recordings(rows, seed)
     scenario.change(readings[int(scenario.begins * rows) :])
     file, conf = load_config(str(config))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         middle = int(_ROLLOUT_AT * rows)
         _feed(store, file, config, readings, 0, middle)
         text = config.read_text(encoding="utf-8").replace('bundle = "exercise"', f'bundle = "{successor}"')
         config.write_text(text, encoding="utf-8")
         _feed(store, file, config, readings, middle, rows)
         bodies = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 1_000_000)]
-    finally:
-        store.close()
     alerts = [{**body, "row": body["evidence"].get("rows", [0, 0])[-1]} for body in bodies if body["kind"] == "alerts"]
     latest = {alert["id"]: alert for alert in alerts}
     still_open = {f"{a['alert']} {a['subject']}" for a in latest.values() if a["state"] == "raised"}

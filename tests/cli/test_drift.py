@@ -20,13 +20,13 @@ from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from tests.kit.commands import call_outstation
-from tests.kit.sites import LearningSite
+from tests.kit.learning_device import LearningDevice
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-class Site(LearningSite):
+class Site(LearningDevice):
     def ask(self, *arguments: str) -> tuple[int, Any]:
         return self.call("drift", "exercise", *arguments)
 

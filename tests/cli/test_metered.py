@@ -22,14 +22,11 @@ SECTION = '\n[broker.metered]\nbudget = "500 kB"\nmax_age = "7 d"\n'
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     made = Site(tmp_path_factory.mktemp("metered"))
-    store = made.open()
-    try:
+    with made.open() as store:
         work(made, store, 3)
         # `status` reads the boot-time clock of this machine, which may have been on for weeks.
         now = ClockReading(1_795_000_000_000_000, time.clock_gettime(time.CLOCK_BOOTTIME), "synced")
         TrafficMeter(MeteredConfig(budget=Size(500_000)), store, now).observe(420_000, now)
-    finally:
-        store.close()
     made.file.write_text(made.file.read_text() + SECTION)
     return made
 

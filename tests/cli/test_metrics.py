@@ -16,11 +16,8 @@ from tests.kit.commands import call_outstation
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     made = Site(tmp_path_factory.mktemp("metrics"))
-    store = made.open()
-    try:
+    with made.open() as store:
         work(made, store, 3)
-    finally:
-        store.close()
     return made
 
 

@@ -37,11 +37,8 @@ def device(tmp_path: Path) -> Iterator[Device]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     made = Site(tmp_path_factory.mktemp("results"))
-    store = made.open()
-    try:
+    with made.open() as store:
         work(made, store, 1)
-    finally:
-        store.close()
     return made
 
 

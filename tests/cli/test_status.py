@@ -44,8 +44,7 @@ def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """One that is learning, with labels, an open drift and fault, and many other alerts since."""
     made = Site(tmp_path_factory.mktemp("status"))
-    store = made.open()
-    try:
+    with made.open() as store:
         task = work(made, store, 3)
         alert(store, made, "drift", "ax", "raised", "ax: spread fell to 0.6 of the reference.")
         alert(store, made, "fault", "wz", "raised", "wz: repeats one value.")
@@ -58,8 +57,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
                 target = labelled_output.build_label_targets([task])["exercise"]
                 assert labels.store_label(tx, "exercise", target, Label(row, None, "PEN"), NOW) is None
         label_metrics.tick(task, store, open_message_log(made.file, made.conf, store), NOW, 86_400.0)
-    finally:
-        store.close()
     return made
 
 
@@ -109,11 +106,8 @@ def test_sentences_are_wrapped_to_the_terminal_and_shown_once(
 
 
 def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
-    store = site.open()
-    try:
+    with site.open() as store:
         work(site, store, 19)
-    finally:
-        store.close()
     text = call_outstation("status", "-c", str(site.config)).stdout
     assert "reference: warning: only 20 drift windows" in " ".join(text.split())
     assert "learning its reference" not in text

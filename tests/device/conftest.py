@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from agent.model.bundle.bundle import Bundle
-from tests.kit import outputs
+from tests.kit import multi_output_device
 from tests.kit.devices import Device
 
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
+    return multi_output_device.pack_bundle(tmp_path_factory.mktemp("joined"))
 
 
 @pytest.fixture
 def outputs_device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
-    made = outputs.make_device(tmp_path / "store", packed)
+    made = multi_output_device.make_device(tmp_path / "store", packed)
     yield made
     made.store.close()

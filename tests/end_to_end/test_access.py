@@ -64,15 +64,12 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
 
 def code(broker: BrokerConfig, topic: str) -> int:
     """Return the broker's reason code for a message on `topic`."""
-    link = Link(broker, "someone")
-    try:
+    with Link(broker, "someone") as link:
         token = link.send(OutgoingMessage(topic, b"{}"))
         while True:
             for event in link.receive(60.0):
                 if isinstance(event, PublishReceipt) and event.token == token:
                     return event.code
-    finally:
-        link.close()
 
 
 def is_refused(broker: BrokerConfig, topic: str) -> bool:
@@ -127,15 +124,12 @@ def test_a_device_does_not_see_what_others_measure(access: Access) -> None:
 
 
 def test_a_device_cannot_throw_another_off_by_taking_its_client_id(access: Access) -> None:
-    victim = Link(access.as_device("pi-b"), "pi-b")
-    try:
+    with Link(access.as_device("pi-b"), "pi-b") as victim:
         thief = Link(access.as_device("pi-a"), "pi-b")
         thief.close()
         token = victim.send(OutgoingMessage(f"{BASE}/pi-b/health", b"{}"))
         events = [event for event in victim.receive(60.0) if isinstance(event, PublishReceipt)]
         assert [event.token for event in events] == [token]
-    finally:
-        victim.close()
 
 
 @pytest.mark.parametrize("who", ["operator", "commander"])
@@ -155,12 +149,9 @@ def test_the_collector_acknowledges_and_commands_nobody(access: Access) -> None:
 
 
 def test_a_command_does_not_end_the_connection_of_somebody_who_watches(access: Access) -> None:
-    watching = Link(access.as_operator, "watch", subscribe=[f"{BASE}/pi-a/health"])
-    try:
+    with Link(access.as_operator, "watch", subscribe=[f"{BASE}/pi-a/health"]) as watching:
         assert code(access.as_commander, f"{BASE}/pi-a/cmd") < 0x80
         assert watching.receive(0.3) == []
-    finally:
-        watching.close()
 
 
 @pytest.mark.parametrize(("to", "topic"), [("all", "_all/desired"), ("group:roof", "_group/desired/roof")])
@@ -174,8 +165,7 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
         "[promote]\nmin_devices = 2\nmin_agreement = 0.9\n",
         encoding="utf-8",
     )
-    watcher = Link(access.as_operator, "watch", subscribe=[f"{BASE}/+/health"])
-    try:
+    with Link(access.as_operator, "watch", subscribe=[f"{BASE}/+/health"]) as watcher:
         done = call_outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
         assert done.returncode == 0, done.stderr
         device = Link(access.as_device("pi-a"), "pi-a", subscribe=[f"{BASE}/{topic}"])
@@ -184,8 +174,6 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
         assert (arrived.topic, arrived.retained) == (f"{BASE}/{topic}", True)
         assert code(access.as_device("pi-a"), f"{BASE}/{topic}") == NOT_AUTHORIZED
         assert watcher.receive(0.1) == []
-    finally:
-        watcher.close()
 
 
 def test_nobody_connects_without_a_certificate_of_this_fleet(access: Access, tmp_path: Path) -> None:

@@ -33,11 +33,8 @@ def collecting(folder: Path, notify: str) -> Iterator[tuple[LocalFleet, MessageS
         fleet.broker.start()
         fleet.collector.start()
         wait_until("the collector runs", lambda: "collecting fleet" in fleet.collector.log.read_text(encoding="utf-8"))
-        link = Link(fleet.config.broker, sender.device)
-        try:
+        with Link(fleet.config.broker, sender.device) as link:
             yield fleet, sender, link
-        finally:
-            link.close()
 
 
 def time_of(link: Link, sent: SignedMessage, *arrived: Callable[[], bool]) -> list[float]:

@@ -247,15 +247,12 @@ def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted(running:
 
 def with_link(url: str, messages: list[OutgoingMessage]) -> list[int]:
     """Send them as anybody could; the broker's reason codes."""
-    link = Link(BrokerConfig(url=url), "mallory")
-    try:
+    with Link(BrokerConfig(url=url), "mallory") as link:
         tokens = [link.send(message) for message in messages]
         codes: dict[int, int] = {}
         while len(codes) < len(tokens):
             codes |= {event.token: event.code for event in link.receive(60.0) if isinstance(event, PublishReceipt)}
         return [codes[token] for token in tokens]
-    finally:
-        link.close()
 
 
 def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: LocalFleet) -> None:
@@ -307,11 +304,8 @@ def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: R
 
 
 def retained(fleet: LocalFleet, kind: str) -> bytes:
-    link = Link(BrokerConfig(url=fleet.broker.url), "looker-on", subscribe=[f"outstation/{FLEET}/pi-01/{kind}"])
-    try:
+    with Link(BrokerConfig(url=fleet.broker.url), "looker-on", subscribe=[f"outstation/{FLEET}/pi-01/{kind}"]) as link:
         return next(event.payload for event in link.receive(60.0) if not isinstance(event, PublishReceipt))
-    finally:
-        link.close()
 
 
 def test_sigterm_without_a_broker_stops_in_time_as_well(fleet: LocalFleet) -> None:
@@ -451,14 +445,11 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
 def as_the_device(device: DeviceProcess, topic: str) -> int:
     """The broker's reason code for a message on `topic` from somebody with this device's certificate."""
     _, conf = load_config(str(device.config))
-    link = Link(conf.broker, "pi-01")
-    try:
+    with Link(conf.broker, "pi-01") as link:
         token = link.send(OutgoingMessage(topic, b"{}"))
         return next(
             event.code for event in link.receive(60.0) if isinstance(event, PublishReceipt) and event.token == token
         )
-    finally:
-        link.close()
 
 
 def test_a_full_store_rejects_producers_until_readings_were_processed(fleet: LocalFleet) -> None:

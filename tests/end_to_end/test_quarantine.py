@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -100,8 +101,7 @@ def test_a_hanging_bundle_gives_way_after_two_watchdog_kills(
 ) -> None:
     device = running(fleet)
     device.set_launcher(("-m", "scripts.faults.launch", f"hang-in-model={exchange(device)}", "--"))
-    systemd = NotifySocket(fleet.folder / "notify")
-    try:
+    with contextlib.closing(NotifySocket(fleet.folder / "notify")) as systemd:
         for _ in range(2):
             device.start_and_wait(NOTIFY_SOCKET=str(systemd.path))
             wait_until("it hangs", lambda: hangs(device))
@@ -113,8 +113,6 @@ def test_a_hanging_bundle_gives_way_after_two_watchdog_kills(
             assert device.wait(60) == -signal.SIGABRT
         device.start_and_wait(NOTIFY_SOCKET=str(systemd.path))
         went_on_without_loss(fleet, device)
-    finally:
-        systemd.close()
 
 
 def hangs(device: DeviceProcess) -> bool:

@@ -10,14 +10,14 @@ import pytest
 from agent import durable_files
 from agent.device.bundles import history
 from agent.errors import StorageFull
-from tests.kit.exchanges import Device
+from tests.kit.bundle_devices import Device
 
-pytest_plugins = ["tests.kit.exchange_fixtures"]
+pytest_plugins = ["tests.kit.bundle_device_fixtures"]
 
 
 @pytest.fixture
-def device(exchange_device: Device) -> Device:
-    return exchange_device
+def device(bundle_device: Device) -> Device:
+    return bundle_device
 
 
 def test_a_first_bundle_has_nothing_to_go_back_to(device: Device) -> None:

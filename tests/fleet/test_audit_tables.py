@@ -86,11 +86,11 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
     store.close()
 
 
-def audit_altered(store: FleetStore, sql: str, *values: Any) -> AuditReport:
-    """Audit the database with an alteration, which is then rolled back."""
+def audit_altered(store: FleetStore, sql: str, *values: Any, device: str | None = None) -> AuditReport:
+    """Audit the database, or one device, with an alteration, which is then rolled back."""
     with contextlib.suppress(_RolledBack), store.transaction() as db:
         assert db.execute(sql, values).rowcount >= 1
-        report = audit(store)
+        report = audit(store, device)
         raise _RolledBack
     return report
 
@@ -134,7 +134,9 @@ def test_an_altered_column_of_any_derived_table_fails_the_audit(store: FleetStor
         value = "collector" if name == "source" else alter(row[i], name)
         keys = [(n, v) for n, v in zip(names, row, strict=True) if v is not None and n != "rowid"]
         where = " AND ".join(f'"{n}" = ?' for n, _ in keys)
-        report = audit_altered(store, f'UPDATE {table} SET "{name}" = ? WHERE {where}', value, *(v for _, v in keys))
+        device = dict(zip(names, row, strict=True)).get("device")
+        sql = f'UPDATE {table} SET "{name}" = ? WHERE {where}'
+        report = audit_altered(store, sql, value, *(v for _, v in keys), device=device)
         assert not report.passed, (table, name)
         # A log of another name has no message at all, which is a gap.
         named = any(table in entry["reason"] for entry in report.invalid)

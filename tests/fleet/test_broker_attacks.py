@@ -436,11 +436,8 @@ def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> Non
 
 def retain(site: Site, *topics: str) -> list[int]:
     """Retain a message under topics of the thief while no collector runs; return the broker's reason codes."""
-    link = Link(site.as_device("pi-07"), "x")
-    try:
+    with Link(site.as_device("pi-07"), "x") as link:
         return [publish_one(link, OutgoingMessage(f"{BASE}/pi-07/{topic}", b"x", retain=True)) for topic in topics]
-    finally:
-        link.close()
 
 
 def test_where_the_fleet_names_its_tasks_a_device_retains_only_topics_of_these(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -168,24 +169,23 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
 
 
 def test_a_killed_postgresql_server_loses_no_acknowledged_message(tmp_path: Path, broker: MosquittoBroker) -> None:
-    with run_server(FAST_SETTINGS.replace("fsync = off\n", "")) as server:
-        fleet = Fleet(tmp_path, broker, server.create_database(), 5)
-        try:
-            with Players(broker.url, fleet.senders, 80) as players:
-                both = [fleet.collect(name) for name in ("a", "b")]
-                eventually(lambda: fleet.connected("a", "b"))
-                eventually(lambda: players.acknowledged > 50)
-                fleet.store.close()
-                server.kill()
-                assert not players.done
-                time.sleep(0.5)
-                server.start()
-                eventually(lambda: players.done)
-                assert end(*both) == [0, 0]
-            assert "nothing is acknowledged" in fleet.log("a") + fleet.log("b")
-            require_whole(fleet, players)
-        finally:
-            fleet.close()
+    with (
+        run_server(FAST_SETTINGS.replace("fsync = off\n", "")) as server,
+        contextlib.closing(Fleet(tmp_path, broker, server.create_database(), 5)) as fleet,
+    ):
+        with Players(broker.url, fleet.senders, 80) as players:
+            both = [fleet.collect(name) for name in ("a", "b")]
+            eventually(lambda: fleet.connected("a", "b"))
+            eventually(lambda: players.acknowledged > 50)
+            fleet.store.close()
+            server.kill()
+            assert not players.done
+            time.sleep(0.5)
+            server.start()
+            eventually(lambda: players.done)
+            assert end(*both) == [0, 0]
+        assert "nothing is acknowledged" in fleet.log("a") + fleet.log("b")
+        require_whole(fleet, players)
 
 
 def test_what_a_dead_collector_left_is_taken_over_by_the_other_one(fleet: Fleet, broker: MosquittoBroker) -> None:

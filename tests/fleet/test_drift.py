@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,6 @@ def window(
         "state": next((s for s in ("fault", "drift", "insufficient", "ok") if s in states), "ok"),
     }
     return sender.append("drift", task=sender.task, **{**body, **changes})
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:

@@ -374,11 +374,8 @@ def held(home: Path) -> dict[str, bytes]:
 
 
 def active(config: FleetConfig, device: str) -> str:
-    store = FleetStore(Path(config.fleet.db))
-    try:
+    with FleetStore(Path(config.fleet.db)) as store:
         key = store.active_key(device)
-    finally:
-        store.close()
     assert key is not None
     return key.text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -128,13 +127,6 @@ def test_the_binomials_tail_is_the_sum_of_its_terms(k: int, n: int, p: float) ->
 
 
 # --- alerts of the collector ---
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def alert(sender: MessageSender, at: int, state: str = "raised", subject: str = "ax", number: int = 1) -> SignedMessage:

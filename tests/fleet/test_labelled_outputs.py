@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,13 +28,6 @@ MODEL = {"name": "exercise", "version": "1.0", "digest": "sha256:01"}
 
 def metric(name: str, value: float) -> dict[str, Any]:
     return {"metric": name, "value": value, "low": value - 0.01, "high": value + 0.01, "n": 100, "slice": ""}
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -20,13 +19,6 @@ from agent.testing.messages import MessageSender, SignedMessage
 from tests.fleet.test_drift import NOW_US, add, devices
 
 moments = count(1000)
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def digest(number: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,9 +46,8 @@ def source(tmp_path: Path) -> Iterator[FleetStore]:
 
 @pytest.fixture
 def target(postgres_server: PostgresServer) -> Iterator[FleetStore]:
-    store = FleetStore(postgres_server.create_database())
-    yield store
-    store.close()
+    with FleetStore(postgres_server.create_database()) as store:
+        yield store
 
 
 def contents(source: FleetStore, store: FleetStore) -> dict[str, list[str]]:
@@ -132,7 +130,7 @@ def test_text_that_postgresql_cannot_store_is_named(source: FleetStore, target: 
 def test_the_command_copies_and_audits(tmp_path: Path, postgres_server: PostgresServer) -> None:
     home = tmp_path / FLEET
     config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
-    with contextlib.closing(FleetStore(config.fleet.db)) as store:
+    with FleetStore(config.fleet.db) as store:
         fill(store, MessageSender())
     url = postgres_server.create_database()
     arguments = ["migrate", "--dir", str(home), "--from", f"sqlite:///{config.fleet.db}", "--to", url, "--json"]

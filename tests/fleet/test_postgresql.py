@@ -43,9 +43,8 @@ NOW = "2026-11-24T22:20:00.000000Z"
 
 @pytest.fixture
 def store(postgres_url: str) -> Iterator[FleetStore]:
-    opened = FleetStore(postgres_url)
-    yield opened
-    opened.close()
+    with FleetStore(postgres_url) as opened:
+        yield opened
 
 
 def enrolled(store: FleetStore, device: str = "pi-07") -> MessageSender:

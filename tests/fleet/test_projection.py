@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import tracemalloc
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ from agent.wire.messages import ResultsPayload
 from agent.wire.runs import MAX_RESULTS
 
 NOW = "2026-11-24T22:20:00.000000Z"
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> list[str]:
@@ -76,11 +68,8 @@ def test_two_collectors_that_get_the_same_messages_keep_one_row_of_each(store: F
     sender = MessageSender()
     log = [sender.shadow(), sender.rollout("shadow")]
     add(store, sender, *log)
-    other = FleetStore(store.location)
-    try:
+    with FleetStore(store.location) as other:
         assert add(other, sender, *log) == ["duplicate", "duplicate"]
-    finally:
-        other.close()
     assert ask(store, "SELECT count(*) FROM shadows UNION ALL SELECT count(*) FROM rollout_devices") == [(1,), (1,)]
 
 

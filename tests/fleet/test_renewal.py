@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -47,11 +46,8 @@ def device(tmp_path: Path, fleet: FleetConfig) -> Config:
 
 
 def due(tmp_path: Path, fleet: FleetConfig, before: timedelta, *only: str) -> list[renewal.DueCertificate]:
-    store = FleetStore(Path(fleet.fleet.db))
-    try:
+    with FleetStore(Path(fleet.fleet.db)) as store:
         return renewal.list_due(tmp_path / "acme", store, before, frozenset(only))
-    finally:
-        store.close()
 
 
 def test_a_certificate_ends_after_a_year_and_is_due_before(tmp_path: Path, fleet: FleetConfig, device: Config) -> None:
@@ -175,7 +171,7 @@ def test_a_device_that_is_enrolled_again_keeps_its_keys(
     tmp_path: Path, fleet: FleetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, certificate_file = tmp_path / "acme", tmp_path / "acme" / "devices" / "q1" / "device.crt"
-    with contextlib.closing(FleetStore(Path(fleet.fleet.db))) as store:
+    with FleetStore(Path(fleet.fleet.db)) as store:
         with monkeypatch.context() as patched:
             patched.setattr(pki, "DEVICE_LIFETIME", timedelta(days=3))
             enrol(folder, fleet, store, "q1", bundle=tmp_path / "first.tar.gz")

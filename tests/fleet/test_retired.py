@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ from agent.testing.messages import MessageSender, new_key
 from tests.kit.commands import call_outstation
 
 NOW = "2026-11-24T22:20:00.000000Z"
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    """Open an empty store, in SQLite and in PostgreSQL."""
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def populate(store: FleetStore) -> MessageSender:

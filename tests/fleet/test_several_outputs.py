@@ -24,7 +24,7 @@ from agent.fleet.drift.survey import summarize_drift
 from agent.fleet.labelling import labels
 from agent.performance.labels import Label
 from agent.wire.messages import QualityPayload
-from tests.kit import outputs
+from tests.kit import multi_output_device
 from tests.kit.devices import DEVICE, NOW, Device
 
 FLAGS, WEAR, STATE = "flags", "wear", ""
@@ -34,11 +34,11 @@ FLAGS, WEAR, STATE = "flags", "wear", ""
 def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     """Return a device whose air became restless, so that wear drifts, with labels of each output."""
     folder = tmp_path_factory.mktemp("device")
-    made = outputs.make_device(folder / "store", outputs.pack_bundle(folder))
+    made = multi_output_device.make_device(folder / "store", multi_output_device.pack_bundle(folder))
     for seed in range(6):
-        outputs.feed(made, seed, 800)
+        multi_output_device.feed(made, seed, 800)
     for seed in range(6, 10):
-        outputs.feed(made, seed, 800, restless_air)
+        multi_output_device.feed(made, seed, 800, restless_air)
     for output in (STATE, WEAR, FLAGS):
         label_newest(made, output)
     label_metrics.tick(made.task, made.store, made.author, NOW, 86_400.0)

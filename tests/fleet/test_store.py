@@ -32,18 +32,9 @@ TABLES = (
 
 
 @pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    """Open an empty store, in SQLite and in PostgreSQL."""
-    opened = fresh()
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def file_store(tmp_path: Path) -> Iterator[FleetStore]:
-    opened = FleetStore(tmp_path / "fleet.db")
-    yield opened
-    opened.close()
+    with FleetStore(tmp_path / "fleet.db") as opened:
+        yield opened
 
 
 def enrol(store: FleetStore, sender: MessageSender) -> None:

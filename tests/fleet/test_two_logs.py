@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,13 +19,6 @@ NOW = "2026-11-24T22:20:00.000000Z"
 SOON = "2026-11-24T22:20:30.000000Z"
 LATER = "2026-11-24T22:40:00.000000Z"
 MUCH_LATER = "2026-11-24T23:40:00.000000Z"
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -74,13 +74,10 @@ def test_a_viewer_reads_the_fleet(home: Path, topic: str) -> None:
 
 
 def test_a_viewer_publishes_nothing(home: Path) -> None:
-    link = Link(let_in(home, "laptop"), "x")
-    try:
+    with Link(let_in(home, "laptop"), "x") as link:
         for topic in ("pi-1/health", "pi-1/cmd", "pi-1/ack", "_all/desired", "viewer-laptop/health"):
             assert publish_one(link, OutgoingMessage(f"{BASE}/{topic}", b"{}")) == NOT_AUTHORIZED, topic
         assert publish_one(link, OutgoingMessage("$CONTROL/dynamic-security/v1", b"{}")) == NOT_AUTHORIZED
-    finally:
-        link.close()
 
 
 def test_a_viewer_cannot_join_the_collectors_even_if_it_knows_their_group(home: Path) -> None:
@@ -174,7 +171,7 @@ def test_a_viewer_is_revoked_although_the_file_of_the_viewers_broker_cannot_be_r
     file.unlink()
     # Mode 0600 of another user does not stop root.
     file.mkdir()
-    with contextlib.closing(FleetStore(Path(config.fleet.db))) as store:
+    with FleetStore(Path(config.fleet.db)) as store:
         with pytest.raises(UsageError, match="certificate is revoked, but the viewers' broker may still let it in"):
             viewers.revoke(tmp_path, config, store, "lost")
         with pytest.raises(UsageError, match="viewer-lost: the viewers' broker may still let it in"):
@@ -222,11 +219,8 @@ def pad(home: Path) -> Iterator[PasswordViewer]:
 def speak(home: Path, topic: str, payload: bytes) -> None:
     config = load(home)
     sender = config.collector if topic.endswith("ack") else config.operator
-    link = Link(config.broker_for(sender), "y")
-    try:
+    with Link(config.broker_for(sender), "y") as link:
         assert publish_one(link, OutgoingMessage(f"{BASE}/{topic}", payload)) < 0x80
-    finally:
-        link.close()
 
 
 def payloads(link: Link, seconds: float) -> list[bytes]:
@@ -257,8 +251,7 @@ def test_a_viewer_has_as_many_connections_as_it_likes_with_password_and_certific
 @pytest.mark.attack("viewers")
 def test_a_viewer_with_a_password_publishes_nothing_and_reads_no_command(pad: PasswordViewer) -> None:
     for settings in (pad.settings, pad.with_certificate("sly")):
-        link = Link(settings, "x", subscribe=["#"])
-        try:
+        with Link(settings, "x", subscribe=["#"]) as link:
             for topic in ("pi-1/health", "pi-1/cmd", "pi-1/ack", "_all/desired", "pi-1/results/exercise"):
                 assert publish_one(link, OutgoingMessage(f"{BASE}/{topic}", b"{}")) == NOT_AUTHORIZED, topic
             control = OutgoingMessage("$CONTROL/dynamic-security/v1", b'{"commands":[{"command":"listClients"}]}')
@@ -271,32 +264,24 @@ def test_a_viewer_with_a_password_publishes_nothing_and_reads_no_command(pad: Pa
             seen = payloads(link, 10.0)
             assert b"last" in seen
             assert b"an order" not in seen
-        finally:
-            link.close()
 
 
 @pytest.mark.attack("viewers")
 def test_at_the_fleets_broker_too_a_viewer_reads_no_command(home: Path) -> None:
-    link = Link(let_in(home, "nosy"), "x", subscribe=["#"])
-    try:
+    with Link(let_in(home, "nosy"), "x", subscribe=["#"]) as link:
         assert all(subscribe_anyway(link, [f"{BASE}/+/cmd", f"{BASE}/_all/desired"]))
         speak(home, "pi-1/cmd", b"an order")
         speak(home, "pi-1/ack", b"last")
         assert payloads(link, 10.0) == [b"last"]
-    finally:
-        link.close()
 
 
 @pytest.mark.attack("viewers")
 def test_a_viewer_that_takes_the_id_of_another_throws_nobody_off_the_fleets_broker(pad: PasswordViewer) -> None:
     config = load(pad.home)
-    collector = Link(config.broker_for(config.collector), "x")
-    try:
+    with Link(config.broker_for(config.collector), "x") as collector:
         for client in ("collector", "operator", "viewers", "pi-1", "broker-admin"):
             Link(pad.settings, client).close()
         assert publish_one(collector, OutgoingMessage(f"{BASE}/pi-1/ack", b"{}")) < 0x80
-    finally:
-        collector.close()
 
 
 @pytest.mark.attack("viewers")

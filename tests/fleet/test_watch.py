@@ -23,9 +23,8 @@ NOW = "2026-11-24T22:20:00.000000Z"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FleetStore]:
-    opened = FleetStore(tmp_path / "fleet.db")
-    yield opened
-    opened.close()
+    with FleetStore(tmp_path / "fleet.db") as opened:
+        yield opened
 
 
 def enrol(store: FleetStore, name: str) -> MessageSender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -138,10 +139,7 @@ def _kill(root: psutil.Process) -> None:
 @contextmanager
 def cluster(folder: Path, nodes: Sequence[int] = (2, 3)) -> Iterator[Ray]:
     """Yield a cluster of a head and `nodes`, and end all its processes."""
-    ray = Ray(folder)
-    try:
+    with contextlib.closing(Ray(folder)) as ray:
         for number in nodes:
             ray.start_node(number)
         yield ray
-    finally:
-        ray.close()

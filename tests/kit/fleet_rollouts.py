@@ -160,11 +160,8 @@ class Fleet:
 
 @contextlib.contextmanager
 def fleet(folder: Path, devices: int = 6, where: str | None = None) -> Iterator[Fleet]:
-    made = Fleet(folder, devices, where)
-    try:
+    with contextlib.closing(Fleet(folder, devices, where)) as made:
         yield made
-    finally:
-        made.close()
 
 
 def tamper(path: Path, sql: str, *values: Any) -> None:

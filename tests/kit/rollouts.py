@@ -30,7 +30,7 @@ from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.jws import encode
 from scripts.kit.bundles import Floats, change_manifest, model, readings
-from tests.kit.exchanges import T0, Device, version, versions
+from tests.kit.bundle_devices import T0, Device, version, versions
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 
 TOPIC = f"outstation/{FLEET}/{DEVICE}/desired"

@@ -20,6 +20,7 @@ from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.performance.labels import LabelTarget
+from agent.testing.process import ManagedProcess
 
 ROOT = Path(__file__).parents[2]
 WATCH = StreamConfig(
@@ -160,32 +161,23 @@ with Station(conf(Path(sys.argv[1]), float(sys.argv[2]))) as station:
 """
 
 
-class Killable:
+class Killable(ManagedProcess):
     """Intake process that can be killed at any moment and restarted."""
 
     def __init__(self, folder: Path, commit_every_s: float = 0.01) -> None:
         self._command = [sys.executable, "-c", _PROGRAM, str(folder), str(commit_every_s)]
         self.socket = folder / "intake.sock"
-        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, cwd=ROOT)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def kill(self) -> None:
-        """Send SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(60)
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._process = None
+        output = self._process and self._process.stdout
+        super().kill()
+        if output:
+            output.close()
 
     def __enter__(self) -> Killable:
         self.start()

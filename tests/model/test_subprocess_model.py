@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -303,8 +304,7 @@ def test_a_shared_buffer_that_could_not_grow_stays_usable(monkeypatch: pytest.Mo
     def refuse(*_: int) -> None:
         raise OSError("refused")
 
-    buffer = launch.SharedBuffer()
-    try:
+    with contextlib.closing(launch.SharedBuffer()) as buffer:
         with monkeypatch.context() as refused:
             refused.setattr("agent.model.sandbox.launch.mmap.mmap", refuse)
             with pytest.raises(OSError, match="refused"):
@@ -312,5 +312,3 @@ def test_a_shared_buffer_that_could_not_grow_stays_usable(monkeypatch: pytest.Mo
         buffer.map[0] = 7
         buffer.grow(1 << 20)
         assert (buffer.map[0], len(buffer.map), buffer.size) == (7, 1 << 20, 1 << 20)
-    finally:
-        buffer.close()

@@ -137,17 +137,11 @@ def make_tls(folder: Path) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def mailbox(folder: Path, *, security: str = "starttls", password: str | None = None) -> Iterator[Mailbox]:
-    opened = Mailbox(folder, security=security, password=password)
-    try:
+    with contextlib.closing(Mailbox(folder, security=security, password=password)) as opened:
         yield opened
-    finally:
-        opened.close()
 
 
 @contextlib.contextmanager
 def hook_server() -> Iterator[HookServer]:
-    opened = HookServer()
-    try:
+    with contextlib.closing(HookServer()) as opened:
         yield opened
-    finally:
-        opened.close()

@@ -40,9 +40,8 @@ DAY_S = 86_400.0
 
 @pytest.fixture
 def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
+    with fresh() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -49,6 +49,17 @@ def test_the_expected_error_follows_inputs_that_shift(reference: ErrorReference,
     assert shift == 0.0 or abs(reference.mean - real) > 0.25 * real
 
 
+def test_the_expected_error_after_a_large_shift_is_near_the_true_one(reference: ErrorReference) -> None:
+    """Bins of equal counts gave 0.66 of it: their last one held most of the answers."""
+    inputs, predicted, errors = answers(2, 4000, 2.0)
+    assert estimate(reference, inputs, predicted) > 0.7 * float(np.abs(errors).mean())
+
+
+def test_the_held_out_answers_let_expect_their_own_mean(reference: ErrorReference) -> None:
+    assert (reference.n * reference.bin_error).sum() == pytest.approx(reference.total.sum())
+    assert (reference.n * reference.bin_square).sum() == pytest.approx(reference.squares.sum())
+
+
 def test_the_interval_holds_the_error_of_most_windows_without_a_shift(reference: ErrorReference) -> None:
     held = []
     for seed in range(40):
@@ -169,6 +180,8 @@ def test_a_malformed_error_model_is_invalid(change: dict[str, NDArray[np.int64] 
         {"total": np.full(32, np.nan)},
         {"squares": np.full(31, 1.0)},
         {"edges": np.array([2**63 - 1, *[-(2**63)] * 30])},
+        {"edges": np.full(31, -(2**63))},
+        {"edges": np.full(31, 2**63 - 1)},
         {"n": np.array([*[2**62] * 4, *[0] * 28])},
         {"n": np.array([*[2**62] * 2, *[0] * 30])},
         {"n": np.array([1, *[0] * 31])},

@@ -122,7 +122,10 @@ def test_a_search_for_patterns_is_bounded_and_the_report_says_how(
     monkeypatch.setattr(triggers, "_MAX_VALUES", 800 * 600 + 1)
     poisoned, mask = attacks.trigger(0.03).poison(exercise, np.random.default_rng(0))
     report = inspect(poisoned)
-    reason = "patterns: 800 of 1,620 windows were searched, spread evenly; a search takes at most 480,001 values"
+    reason = (
+        "patterns: 800 of 1,620 windows were searched, spread evenly; "
+        "a search takes at most 480,001 values and 8,388,608 rows"
+    )
     assert report.reasons[0] == reason
     assert reason in list(report.describe())
     [finding] = [each for each in report.findings if each.check in ("trigger", "repeated pattern")]

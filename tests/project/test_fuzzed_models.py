@@ -12,7 +12,7 @@ import pytest
 from agent.model.inference import tuning
 from scripts.fuzzing.mutate import mutated
 from scripts.kit.bundles import change_manifest, model
-from tests.kit.exchanges import Device, versions
+from tests.kit.bundle_devices import Device, versions
 
 BYTES, GRAPHS, CUTS = 7, 10, 3
 

@@ -102,11 +102,7 @@ ONLY = {
         "agent.fleet.metrics.endpoint",
     },
     "uvicorn": {"agent.fleet.dashboard.server"},
-    "jinja2": {
-        "agent.fleet.dashboard.pages.views",
-        "agent.fleet.dashboard.pages.visit",
-        "agent.fleet.evidence.page.page",
-    },
+    "jinja2": {"agent.render.templates"},
     "prometheus_client": {
         f"agent.fleet.metrics.{name}" for name in ("collector_families", "device_families", "exporter")
     },

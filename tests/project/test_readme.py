@@ -123,13 +123,10 @@ def test_the_blocks_of_the_readme_work_in_order(tmp_path: Path) -> None:
     for entry in ROOT.iterdir():
         if not entry.name.startswith("."):
             (tmp_path / entry.name).symlink_to(entry)
-    shell = Shell(tmp_path)
-    try:
+    with contextlib.closing(Shell(tmp_path)) as shell:
         for block in filter(runs, blocks(README)):
             code, output = shell.run(f"set -ev\n{block.script}\nset +ev")
             assert code == 0, f"README.md line {block.line} ended with {code}:\n{output}"
-    finally:
-        shell.close()
 
 
 def test_a_third_party_model_runs_by_the_ten_lines_of_the_readme(tmp_path: Path) -> None:
@@ -144,13 +141,10 @@ def test_a_third_party_model_runs_by_the_ten_lines_of_the_readme(tmp_path: Path)
     first, *rest = block.script.splitlines()
     assert first.startswith("cp ")
     assert len(rest) < 10
-    shell = Shell(tmp_path)
-    try:
+    with contextlib.closing(Shell(tmp_path)) as shell:
         code, output = shell.run("\n".join(["set -ev", *rest, "set +ev"]))
         assert code == 0, f"README.md line {block.line} ended with {code}:\n{output}"
         code, output = shell.run("outstation status -c site/outstation.toml --json 2>/dev/null")
-    finally:
-        shell.close()
     [task] = [candidate for candidate in json.loads(output)["tasks"] if candidate["task"] == "mymodel"]
     assert task["row"] == len(cepstra)
 
@@ -172,13 +166,10 @@ def test_a_block_is_left_out_only_with_a_reason(comment: str) -> None:
 
 
 def test_the_shell_keeps_its_folder_and_reports_how_a_command_ended(tmp_path: Path) -> None:
-    shell = Shell(tmp_path)
-    try:
+    with contextlib.closing(Shell(tmp_path)) as shell:
         assert shell.run("mkdir inner && cd inner && name=x") == (0, "\n")
         assert shell.run('echo "$name" && pwd') == (0, f"x\n{tmp_path}/inner\n\n")
         assert shell.run("cat; false")[0] == 1
         assert shell.run("cat <<'E'\na 'b\nE") == (0, "a 'b\n\n")
         assert shell.run("echo 'open")[0] == 2
         assert shell.run("sleep 60 &")[0] == 0
-    finally:
-        shell.close()

@@ -93,11 +93,8 @@ class MadeUp:
         self.arrived += sent
 
     def verdict(self) -> Verdict:
-        store = self.world.fleet.open_store(write=True)
-        try:
+        with self.world.fleet.open_store(write=True) as store:
             store.ingest([Arrival(self.sender.verify(message)) for message in self.arrived], [], TIME)
-        finally:
-            store.close()
         verdict = Verdict()
         judge(self.world, verdict)
         return verdict
@@ -189,13 +186,9 @@ def test_the_oracle_finds_results_of_rows_that_were_refused(made: MadeUp) -> Non
 def test_the_oracle_does_not_believe_a_signature_that_is_not_the_devices(made: MadeUp) -> None:
     made.arrive(*both(made, 1, 30))
     made.verdict()
-    store = made.world.fleet.open_store(write=True)
-    try:
-        with store.transaction() as db:
-            altered = "CAST(replace(CAST(payload AS TEXT), 'left', 'rest') AS BLOB)"
-            db.execute(f"UPDATE messages SET payload = {altered} WHERE seq = 1")
-    finally:
-        store.close()
+    with made.world.fleet.open_store(write=True) as store, store.transaction() as db:
+        altered = "CAST(replace(CAST(payload AS TEXT), 'left', 'rest') AS BLOB)"
+        db.execute(f"UPDATE messages SET payload = {altered} WHERE seq = 1")
     made.arrived.clear()
     assert any("the audit fails" in problem for problem in made.verdict().problems)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import time
 from collections.abc import Iterator
@@ -26,8 +27,7 @@ def web(tmp_path: Path) -> Iterator[FlakyWebServer]:
 
 
 def get(web: FlakyWebServer, path: str, **headers: str) -> tuple[int, bytes, str | None]:
-    connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=60)
-    try:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", web.port, timeout=60)) as connection:
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         body = b""
@@ -37,8 +37,6 @@ def get(web: FlakyWebServer, path: str, **headers: str) -> tuple[int, bytes, str
         except (ConnectionError, http.client.IncompleteRead):
             pass
         return answer.status, body, answer.getheader("Content-Range")
-    finally:
-        connection.close()
 
 
 def test_a_file_comes_whole_and_is_counted(web: FlakyWebServer) -> None:

@@ -154,11 +154,8 @@ def send_command(
         with reserve_counter(home, lambda: time.time_ns() // 1_000_000) as counter:
             client = f"outstation-{fleet}-command-{os.getpid()}"
             reply = str(topics.Topic(fleet, device, "reply"))
-            link = Link(config.command_broker, client, subscribe=[reply])
-            try:
+            with Link(config.command_broker, client, subscribe=[reply]) as link:
                 return send(link, fleet, device, name, args, key, counter, keyring, wait_s)
-            finally:
-                link.close()
     except LinkDown as down:
         echo(f"outstation: {down}", err=True)
         sys.exit(1)

@@ -83,16 +83,11 @@ def open_for_reading(home: Path, db: str | None = None, device: str | None = Non
     return config, store
 
 
-@contextlib.contextmanager
-def open_store(config: FleetConfig, db: str | None = None) -> Iterator[FleetStore]:
+def open_store(config: FleetConfig, db: str | None = None) -> FleetStore:
     """Open the database for reading and writing; create its tables if there are none."""
     from agent.fleet.database.store import FleetStore
 
-    store = FleetStore(database_url(config, db), partitions=config.fleet.partitions)
-    try:
-        yield store
-    finally:
-        store.close()
+    return FleetStore(database_url(config, db), partitions=config.fleet.partitions)
 
 
 @contextlib.contextmanager

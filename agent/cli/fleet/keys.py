@@ -140,11 +140,8 @@ def publish(home: Path, as_json: bool) -> None:
     config = fleet_config.load(home)
     payload, topic = trust_change.build_message(home), topic_for(config.fleet.name)
     try:
-        link = Link(config.command_broker, f"outstation-{config.fleet.name}-keys-{os.getpid()}", subscribe=[])
-        try:
+        with Link(config.command_broker, f"outstation-{config.fleet.name}-keys-{os.getpid()}", subscribe=[]) as link:
             send_retained(link, [OutgoingMessage(topic, payload, (), retain=True)])
-        finally:
-            link.close()
     except LinkDown as down:
         echo(f"outstation: {down}", err=True)
         sys.exit(1)

@@ -6,19 +6,20 @@ The first line must be a JSON object or a frame: no HTTP request begins so, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from agent import decoders
 from agent.clock import ClockReading
-from agent.device.intake.frames import MAGIC
+from agent.device.intake.frames import MAGIC, Frames
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.listener import Refusal, User
 from agent.device.intake.protocol import BOM, MAX_LINE_BYTES, LineParser, ParsedLines
-from agent.device.intake.splitter import Frame, Oversized, Splitter
+from agent.device.intake.splitter import Oversized, Splitter
 from agent.strict_json import check_key_count
 
 CLIENT_SOURCE = "client"
@@ -28,8 +29,14 @@ MAX_CLIENTS = 1000
 FILE_PREFIX = "file:"
 FULL_COUNTER, CUT_COUNTER = "lines refused while full", "lines cut off"
 FILE_SOURCE, MAX_FILES = "ingested file", 4096
-
-
+# Small enough that a producer of noise, two bytes a line, delays the others by a tenth of a second at most.
+_READ_BYTES = 1 << 16
+# A single line costs twenty times as much as a line among others. Rows wait much longer for a commit anyway.
+_SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
+# Frames cost less: more of them are handled together.
+_FRAMES_READ_BYTES = 4 * _READ_BYTES
+# Time that a producer which has closed its side has to read its last answers.
+_FLUSH_S = 3.0
 _OTHER_PROTOCOL = Refusal(
     "this is not the intake protocol: the first line must be a JSON object or a frame; see docs/reference/intake.md"
 )
@@ -46,36 +53,53 @@ def client_position(name: str, line: int) -> SourcePosition:
     return SourcePosition(source, name, line, MAX_FILES if source == FILE_SOURCE else MAX_CLIENTS)
 
 
+def make_buffer(group: GroupCommit) -> memoryview:
+    """Return a buffer for the connections of a thread: for an unfinished line, and the bytes of a read."""
+    return memoryview(bytearray(MAX_LINE_BYTES + max(_READ_BYTES, min(_FRAMES_READ_BYTES, group.max_bytes // 2))))
+
+
 class _Hello(msgspec.Struct, forbid_unknown_fields=True):
     client: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | None = None
     forget: bool | None = None
     token: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
 
 
-class ProducerConnection:
+class ProducerConnection(asyncio.BufferedProtocol):
     """Producer on a socket.
 
     `greet` is called with its name, and whether its lines are to be forgotten; it returns how many of them are stored,
-    or raises Refusal. With `token`, the first line must have the same.
+    or raises Refusal. With `token`, the first line must have the same. `on_received` is called when received lines are
+    in the group. All connections of a thread receive into one `buffer`, of MAX_LINE_BYTES and the bytes of a read.
     """
+
+    transport: asyncio.Transport
 
     def __init__(
         self,
         group: GroupCommit,
         reader: LineParser,
         greet: Callable[[ProducerConnection, str, bool], Awaitable[int]],
-        writer: asyncio.StreamWriter,
+        on_received: Callable[[ProducerConnection], None],
+        now: Callable[[], ClockReading],
+        buffer: memoryview,
         user: User = None,
         token: str | None = None,
     ) -> None:
-        self._group, self._reader, self._greet, self._writer = group, reader, greet, writer
+        self._group, self._reader, self._greet = group, reader, greet
+        self._on_received, self._now, self._buffer = on_received, now, buffer
         self.user, self._token = user, token
-        self.last_read_s = asyncio.get_running_loop().time()
-        self._splitter = Splitter()
+        self._loop = asyncio.get_running_loop()
+        self.last_read_s = self._loop.time()
+        self._splitter, self._read_bytes = Splitter(), _READ_BYTES
         self._line_count = self._answered = 0
         self._started = False
         self._retired = self._is_cut_off = False
         self.name: str | None = None
+        # Reasons not to read for now.
+        self._pauses: set[str] = set()
+        self._first_bytes: asyncio.Queue[bytes] = asyncio.Queue()
+        self._end: asyncio.Future[None] = self._loop.create_future()
+        self._closed = asyncio.Event()
 
     @property
     def awaits_answer(self) -> bool:
@@ -84,27 +108,17 @@ class ProducerConnection:
 
     def held_bytes(self) -> int:
         """Return the bytes of its unfinished line or frame and of the answers that it has not read."""
-        return len(self._splitter.partial) + self._writer.transport.get_write_buffer_size()
+        return len(self._splitter.partial) + self.transport.get_write_buffer_size()
 
-    async def feed(self, data: bytes, now: ClockReading) -> int:
-        """Parse received bytes. Return their number, with the incomplete part of the last call. Raises Refusal."""
-        self.last_read_s = asyncio.get_running_loop().time()
-        if self._retired:
-            return 0
-        # Of a first line or frame beyond the limit, the rest is no beginning.
-        if not self._started and not self._splitter.is_dropping:
-            _check_first_bytes(self._splitter.partial, data)
-        size = len(self._splitter.partial) + len(data)
-        for item in self._splitter.split(data):
-            if isinstance(item, list):
-                await self._parse_lines(item, now)
-            elif isinstance(item, Frame):
-                self._parse_frame(item.content, now)
-            else:
-                self._reject_oversized(item)
-        return size
+    async def receive(self) -> None:
+        """Add all lines to the group, until the producer closes its side. Raises Refusal, StorageError, OSError."""
+        while not self._started and (data := await self._first_bytes.get()):
+            await self._start(data)
+            self._finish_read(len(data))
+            self._resume("start")
+        await self._end
 
-    async def end(self, now: ClockReading) -> None:
+    async def end(self) -> None:
         """Handle what is unfinished: the producer has closed its side, or died. Raises Refusal.
 
         A frame counts only if it is whole. A line without its newline counts only if it is a whole JSON object of a
@@ -114,7 +128,10 @@ class ProducerConnection:
         if self._retired or not (self._splitter.is_dropping or partial.strip()):
             return
         if self.name is None and _is_json_object(partial):
-            await self._parse_lines([partial], now)
+            if self._started:
+                self._add_lines([partial], self._now())
+            else:
+                await self._start(partial + b"\n")
         elif self._token is not None and not self._started:
             raise _NO_TOKEN
         else:
@@ -125,6 +142,90 @@ class ProducerConnection:
         """Count what is unfinished: the connection broke, so nobody answers."""
         if not self._retired and (self._splitter.is_dropping or self._splitter.partial.strip()):
             self._group.count(CUT_COUNTER)
+
+    async def close(self) -> None:
+        """Close the connection after its last answers are sent; a producer that does not read them loses them."""
+        self.transport.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closed.wait(), _FLUSH_S)
+        finally:
+            self.transport.abort()
+
+    # --- called by the transport ---
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        partial = self._splitter.partial
+        self._buffer[: len(partial)] = partial
+        return self._buffer[len(partial) : len(partial) + self._read_bytes]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.last_read_s = self._loop.time()
+        if self._retired:
+            return
+        data = self._buffer[: len(self._splitter.partial) + nbytes]
+        if not self._started:
+            # A greeting may have to wait for a commit.
+            self._pause("start")
+            self._first_bytes.put_nowait(bytes(data))
+            return
+        try:
+            items = self._splitter.split(data)
+            if items:
+                is_only_frames = len(items) == 1 and isinstance(items[0], Frames)
+                self._read_bytes = len(self._buffer) - MAX_LINE_BYTES if is_only_frames else _READ_BYTES
+            self._add(items, self._now())
+            self._finish_read(len(data))
+        except Exception as error:
+            self._set_end(error)
+
+    def eof_received(self) -> bool:
+        self._set_end(None)
+        # Answers are still to be sent.
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._set_end(exc)
+        self._closed.set()
+
+    def pause_writing(self) -> None:
+        # Only a producer that does not read its answers waits here.
+        self._pause("answers")
+
+    def resume_writing(self) -> None:
+        self._resume("answers")
+
+    def _pause(self, reason: str) -> None:
+        self._pauses.add(reason)
+        self.transport.pause_reading()
+
+    def _resume(self, reason: str) -> None:
+        self._pauses.discard(reason)
+        if not self._pauses:
+            self.transport.resume_reading()
+
+    def _finish_read(self, size: int) -> None:
+        """Report a read of `size` bytes, with those that were unfinished before."""
+        self._on_received(self)
+        # Short lines gather in the kernel's buffer for a moment: one read costs less, and no single line wakes this
+        # thread. Part of a long line would gain nothing.
+        if size < _SMALL_READ_BYTES:
+            self._pause("gather")
+            self._loop.call_later(_GATHER_S, self._resume, "gather")
+
+    def _set_end(self, error: Exception | None) -> None:
+        self._first_bytes.put_nowait(b"")
+        if self._end.done():
+            return
+        if error is None:
+            self._end.set_result(None)
+        else:
+            self._end.set_exception(error)
+
+    # --- answers ---
 
     def report_cut_off_line(self) -> None:
         """Tell a producer without a name, which may still read, that its last line does not count."""
@@ -137,23 +238,23 @@ class ProducerConnection:
     def retire(self) -> None:
         """Close the connection after the answers are sent: the client continues in another one."""
         self._retired = True
-        self._writer.close()
+        self.transport.close()
 
     def refuse(self, refusal: Refusal) -> None:
         """Send the reason and close the connection. A producer that reads nothing loses what was to be sent."""
         self._retired = True
         self._group.count("connections refused")
-        if self._writer.transport.get_write_buffer_size():
-            self._writer.transport.abort()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
             return
-        self._writer.write(refusal.to_line())
-        self._writer.close()
+        self.transport.write(refusal.to_line())
+        self.transport.close()
 
     def answer(self, outcome: CommitOutcome) -> None:
         self._answered = outcome.through
         line = {"through": outcome.through, "accepted": outcome.accepted}
         rejected = [{"line": number, "reason": reason} for number, reason in outcome.rejected]
-        self._writer.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
+        self.transport.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
         if outcome.is_store_full:
             # The failed transaction counted nothing, and the producer may have gone when there is room.
             self._group.count(FULL_COUNTER, len(outcome.rejected))
@@ -163,26 +264,47 @@ class ProducerConnection:
             self._group.discard(self)
             self.retire()
 
-    async def _parse_lines(self, lines: list[bytes], now: ClockReading) -> None:
-        if lines and not self._started:
-            self._started = True
-            if await self._read_hello(lines[0]):
-                lines = lines[1:]
-        if not lines or self._retired:
+    # --- lines and frames ---
+
+    async def _start(self, data: bytes) -> None:
+        """Handle the first bytes, which begin with a greeting or not. Raises Refusal."""
+        # Of a first line or frame beyond the limit, the rest is no beginning.
+        if not self._splitter.is_dropping:
+            _check_first_bytes(data)
+        items, now = self._splitter.split(data), self._now()
+        if not items:
             return
-        first = self._line_count + 1
+        self._started = True
+        if isinstance(items[0], list):
+            if await self._read_hello(items[0][0]):
+                items[:1] = [items[0][1:]] if items[0][1:] else []
+        elif self._token is not None:
+            raise _NO_TOKEN
+        if not self._retired:
+            self._add(items, now)
+
+    def _add(self, items: list[list[bytes] | Frames | Oversized], now: ClockReading) -> None:
+        for item in items:
+            first = self._line_count + 1
+            if isinstance(item, list):
+                self._add_lines(item, now)
+            elif isinstance(item, Frames):
+                self._add_parsed(self._reader.parse_frames(item, first, now.wall_us), now)
+                self._advance(self._line_count + len(item))
+            else:
+                reason = f"{item.kind} of {item.size} bytes, the limit is {MAX_LINE_BYTES}; split it"
+                self._group.reject(self, first, reason)
+                self._advance(first)
+
+    def _add_lines(self, lines: list[bytes], now: ClockReading) -> None:
         # Parsed to the end before anything joins the group: rows without their position would be stored twice.
-        runs = _find_runs(lines, first)
-        self._add([parsed for number, run in runs for parsed in self._reader.parse(run, number, now.wall_us)], now)
+        runs = _find_runs(lines, self._line_count + 1)
+        self._add_parsed(
+            [parsed for number, run in runs for parsed in self._reader.parse(run, number, now.wall_us)], now
+        )
         self._advance(self._line_count + len(lines))
 
-    def _parse_frame(self, frame: bytes, now: ClockReading) -> None:
-        self._start_without_hello()
-        if not self._retired:
-            self._add([self._reader.parse_frame(frame, self._line_count + 1, now.wall_us)], now)
-            self._advance(self._line_count + 1)
-
-    def _add(self, parsed_runs: list[ParsedLines], now: ClockReading) -> None:
+    def _add_parsed(self, parsed_runs: list[ParsedLines], now: ClockReading) -> None:
         for parsed in parsed_runs:
             for number, reason in parsed.rejected.items():
                 self._group.reject(self, number, reason)
@@ -219,23 +341,11 @@ class ProducerConnection:
             self.answer(CommitOutcome(self._line_count, 0, []))
         return bool(members)
 
-    def _reject_oversized(self, item: Oversized) -> None:
-        self._start_without_hello()
-        reason = f"{item.kind} of {item.size} bytes, the limit is {MAX_LINE_BYTES}; split it"
-        self._group.reject(self, self._line_count + 1, reason)
-        self._advance(self._line_count + 1)
 
-    def _start_without_hello(self) -> None:
-        """Begin with something else than a line. Raises Refusal if the first line must hold a token."""
-        if not self._started and self._token is not None:
-            raise _NO_TOKEN
-        self._started = True
-
-
-def _check_first_bytes(before: bytes, data: bytes) -> None:
+def _check_first_bytes(data: bytes) -> None:
     """Check that a connection begins with a frame or a JSON object, after white space or a BOM. Raises Refusal."""
     first = data.lstrip()
-    if first and not before.strip() and not first.startswith((b"{", BOM[:1], MAGIC[:1])):
+    if first and not first.startswith((b"{", BOM[:1], MAGIC[:1])):
         raise _OTHER_PROTOCOL
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -27,6 +28,24 @@ _ALIGN = 8
 _KINDS: tuple[NumberType, ...] = get_args(NumberType)
 
 
+Data = bytes | memoryview
+
+
+class Frames(msgspec.Struct, frozen=True):
+    """Whole frames of `size` bytes each, one after another."""
+
+    content: Data
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.content) // self.size
+
+    def __iter__(self) -> Iterator[Frames]:
+        """Yield each frame by itself, with its own bytes."""
+        for at in range(0, len(self.content), self.size):
+            yield Frames(bytes(self.content[at : at + self.size]), self.size)
+
+
 class FrameLayout(msgspec.Struct, frozen=True):
     """Layout of frames that differ only in their numbers: stream, and (name, type) of each column.
 
@@ -46,9 +65,9 @@ class FrameLayout(msgspec.Struct, frozen=True):
 
 
 class FrameColumns(msgspec.Struct, frozen=True):
-    """Columns of a frame, `n` values each, by field name, in which NaN is missing; `t_us`: epoch µs.
+    """Columns of frames, `n` values each, by field name, in which NaN is missing; `t_us`: epoch µs.
 
-    `block` (C, n): the same values as one array, if they are one in the frame.
+    `block` (C, n): the same values as one array, if they are of one type.
     """
 
     n: int
@@ -57,10 +76,11 @@ class FrameColumns(msgspec.Struct, frozen=True):
     block: NDArray[Any] | None = None
 
 
-def read_layout(frame: bytes, last: FrameLayout | None) -> FrameLayout:
-    """Read the head of a whole frame, or return the `last` one's layout if it is the same. Raises RowRejected."""
-    if last is not None and frame.startswith(last.key, _LAYOUT_AT):
+def read_layout(frames: Frames, last: FrameLayout | None) -> FrameLayout:
+    """Read the head of the first frame, or return the `last` one's layout if it is the same. Raises RowRejected."""
+    if last is not None and frames.content[_LAYOUT_AT : _LAYOUT_AT + len(last.key)] == last.key:
         return last
+    frame = bytes(frames.content[: frames.size])
     try:
         _, flags, name_bytes, count = _HEAD.unpack_from(frame, _HEAD_AT)
         if flags not in (0, _HAS_TIMES):
@@ -82,27 +102,35 @@ def read_layout(frame: bytes, last: FrameLayout | None) -> FrameLayout:
     return FrameLayout(stream, flags == _HAS_TIMES, tuple(columns), key, _align(at), common)
 
 
-def read_columns(frame: bytes, layout: FrameLayout) -> FrameColumns:
-    """Return the columns of a frame as views of its bytes. Raises RowRejected."""
-    n = int.from_bytes(frame[_HEAD_AT:_LAYOUT_AT], "little")
+def read_columns(frames: Frames, layout: FrameLayout) -> FrameColumns:
+    """Return the columns of frames whose first has this layout; those of a single frame are views of its bytes.
+
+    Raises RowRejected, also if their heads differ.
+    """
+    content, size = frames.content, frames.size
+    n = int.from_bytes(content[_HEAD_AT:_LAYOUT_AT], "little")
     if not n or not layout.columns:
         raise RowRejected(f"columns must be of one length of at least 1, these have {[0] if layout.columns else []}")
-    sizes = [n * int(kind[1]) for _, kind in layout.columns]
-    needed = layout.data_at + layout.has_times * 8 * n + sum(map(_align, sizes))
-    if needed != len(frame):
-        raise RowRejected(f"frame of {len(frame)} bytes, but {n} rows of its columns take {needed}")
+    widths = [int(kind[1]) for _, kind in layout.columns]
+    needed = layout.data_at + layout.has_times * 8 * n + sum(_align(n * width) for width in widths)
+    if needed != size:
+        raise RowRejected(f"frame of {size} bytes, but {n} rows of its columns take {needed}")
+    table = np.frombuffer(content, np.uint8).reshape(-1, size)
+    if len(table) > 1 and not (table[1:, : layout.data_at] == table[0, : layout.data_at]).all():
+        raise RowRejected("frames with different heads")
     at, t_us = layout.data_at, None
-    values: dict[str, NDArray[Any]] = {}
     if layout.has_times:
-        t_us = np.frombuffer(frame, "<i8", n, at)
+        t_us = table[:, at : at + 8 * n].view("<i8").reshape(-1)
         at += 8 * n
-    if layout.kind and sizes[0] % _ALIGN == 0:
-        block = np.frombuffer(frame, f"<{layout.kind}", n * len(sizes), at).reshape(len(sizes), n)
-        return FrameColumns(n, t_us, dict(zip(layout.names, block, strict=True)), block)
-    for (name, kind), size in zip(layout.columns, sizes, strict=True):
-        values[name] = np.frombuffer(frame, f"<{kind}", n, at)
-        at += _align(size)
-    return FrameColumns(n, t_us, values)
+    if layout.kind and n * widths[0] % _ALIGN == 0:
+        cubes = table[:, at:].view(f"<{layout.kind}").reshape(len(table), len(widths), n)
+        block = cubes.swapaxes(0, 1).reshape(len(widths), -1)
+        return FrameColumns(block.shape[1], t_us, dict(zip(layout.names, block, strict=True)), block)
+    values: dict[str, NDArray[Any]] = {}
+    for (name, kind), width in zip(layout.columns, widths, strict=True):
+        values[name] = table[:, at : at + n * width].view(f"<{kind}").reshape(-1)
+        at += _align(n * width)
+    return FrameColumns(n * len(table), t_us, values)
 
 
 def _read_text(frame: bytes, at: int, size: int) -> tuple[str, int]:

@@ -6,7 +6,7 @@ So a few rows wait for up to `[buffer] commit_every`.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import msgspec
@@ -136,7 +136,7 @@ class GroupCommit:
         self._store, self._streams = store, streams
         self._label_targets, self._label_key = label_targets, label_key
         self._producer_batches: ProducerBatches = {}
-        self._max_bytes = store.quota.transaction_bytes // 4
+        self.max_bytes = store.quota.transaction_bytes // 4
         self._rows = self._bytes = 0
         self._counts: Counter[str] = Counter()
         self._drained_counts: Counter[str] = Counter()
@@ -148,7 +148,7 @@ class GroupCommit:
     @property
     def is_full(self) -> bool:
         """True if the commit should not grow: producers would wait long, or the transaction be too large."""
-        return self._rows >= MAX_GROUP_ROWS or self._bytes >= self._max_bytes
+        return self._rows >= MAX_GROUP_ROWS or self._bytes >= self.max_bytes
 
     @property
     def is_worth_committing(self) -> bool:
@@ -166,7 +166,7 @@ class GroupCommit:
         is_recording: bool = False,
         client: str | None = None,
     ) -> None:
-        """Add rows that `producer` sent at `now`; `lines`: their line numbers, one per row or one for all.
+        """Add rows that `producer` sent at `now`; `lines`: their line numbers, as in `ParsedLines`.
 
         `is_recording`: they may be older than the stream's latest row. `client`: name of the producer, which may send
         a backlog: its rows are late by its own rows only.
@@ -322,8 +322,12 @@ class GroupCommit:
         else:
             sent = len(rows) + len(block.validated.rejected)
             numbers = np.setdiff1d(np.arange(sent), list(block.validated.rejected))
-            by_number = {int(numbers[index]): reason for index, reason in reasons.items()}
-            batch.reject(block.lines[0], row_history.summarize_reasons(by_number, "row"))
+            by_line: defaultdict[int, dict[int, str]] = defaultdict(dict)
+            for index, reason in reasons.items():
+                line, place = divmod(int(numbers[index]), sent // len(block.lines))
+                by_line[block.lines[line]][place] = reason
+            for line, by_place in by_line.items():
+                batch.reject(line, row_history.summarize_reasons(by_place, "row"))
         accepted = np.setdiff1d(np.arange(len(rows)), list(screened.rejected))
         return Rows(rows.t[accepted], tuple(column[accepted] for column in rows.columns))
 

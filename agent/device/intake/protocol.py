@@ -15,7 +15,7 @@ import msgspec
 from agent import decoders
 from agent.config import StreamConfig
 from agent.device.intake import frames, labels
-from agent.device.intake.frames import FrameLayout, NumberType, decode_column
+from agent.device.intake.frames import FrameLayout, Frames, NumberType, decode_column
 from agent.device.intake.labels import LabelBatch
 from agent.device.intake.row_history import summarize_reasons
 from agent.device.store.rows import BlockLimits, RawColumns, ValidatedRows, validate_columns
@@ -32,7 +32,7 @@ _DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 class ParsedLines(msgspec.Struct, frozen=True):
     """Rows of one stream from one or more lines, or None; `rejected`: line → reason.
 
-    `lines` are the line numbers of the rows, one per row or one for all.
+    `lines` are the line numbers of the rows: one per row, one for all, or one for each frame of as many rows.
     """
 
     stream: str
@@ -86,19 +86,41 @@ class LineParser:
             except RowRejected as reason:
                 yield ParsedLines("", None, [], {number: str(reason)})
 
-    def parse_frame(self, frame: bytes, number: int, now_us: int) -> ParsedLines:
-        """Parse a whole binary frame, which counts as line `number`."""
+    def parse_frames(self, received: Frames, first: int, now_us: int) -> list[ParsedLines]:
+        """Parse whole binary frames, which count as lines from `first` on."""
+        numbers = range(first, first + len(received))
+        if len(numbers) > 1 and (together := self._parse_together(received, list(numbers), now_us)) is not None:
+            return [together]
+        return [self._parse_frame(frame, number, now_us) for frame, number in zip(received, numbers, strict=True)]
+
+    def _parse_together(self, received: Frames, numbers: list[int], now_us: int) -> ParsedLines | None:
+        """Parse frames with the same head as one, which is much cheaper; None if a row or a frame is invalid."""
         try:
-            self._frame_layout = layout = frames.read_layout(frame, self._frame_layout)
-            decoder = self._find_decoder(layout.stream)
-            columns = frames.read_columns(frame, layout)
-            values: dict[str, Any] = columns.values
-            for name in decoder.integer_fields & values.keys():
-                values[name] = frames.nan_to_none(values[name])
-            raw = RawColumns(columns.n, columns.t_us, values, nan_is_missing=True, t_in_us=True, block=columns.block)
+            decoder, raw = self._decode_frames(received)
+            validated = self._validate_columns(decoder, raw, now_us)
+        except RowRejected:
+            return None
+        if validated.rejected:
+            return None
+        self._advance_time(decoder, validated)
+        return ParsedLines(decoder.name, validated, numbers, {})
+
+    def _parse_frame(self, frame: Frames, number: int, now_us: int) -> ParsedLines:
+        try:
+            decoder, raw = self._decode_frames(frame)
             return self._validate_block(decoder, raw, number, now_us)
         except RowRejected as reason:
             return ParsedLines("", None, [], {number: str(reason)})
+
+    def _decode_frames(self, received: Frames) -> tuple[_StreamDecoder, RawColumns]:
+        self._frame_layout = layout = frames.read_layout(received, self._frame_layout)
+        decoder = self._find_decoder(layout.stream)
+        columns = frames.read_columns(received, layout)
+        values: dict[str, Any] = columns.values
+        for name in decoder.integer_fields & values.keys():
+            values[name] = frames.nan_to_none(values[name])
+        raw = RawColumns(columns.n, columns.t_us, values, nan_is_missing=True, t_in_us=True, block=columns.block)
+        return decoder, raw
 
     def _find_decoder(self, stream: str) -> _StreamDecoder:
         decoder = self._decoders.get(stream)
@@ -174,16 +196,22 @@ class LineParser:
         return ParsedLines(parsed.stream, parsed.validated, [number], {number: summarize_reasons(rejected, "row")})
 
     def _validate(self, decoder: _StreamDecoder, raw: RawColumns, numbers: list[int], now_us: int) -> ParsedLines:
-        latest = self._latest.get(decoder.name)
-        validated = validate_columns(
-            raw, decoder.stream, now_us, latest, show_values=self._show_values, limits=decoder.limits
-        )
-        if validated.latest_us is not None:
-            self._latest[decoder.name] = validated.latest_us
+        validated = self._validate_columns(decoder, raw, now_us)
+        self._advance_time(decoder, validated)
         if len(numbers) < raw.n:
             return ParsedLines(decoder.name, validated, numbers, {})
         rejected = {numbers[index]: reason for index, reason in validated.rejected.items()}
         return ParsedLines(decoder.name, validated, [n for n in numbers if n not in rejected], rejected)
+
+    def _validate_columns(self, decoder: _StreamDecoder, raw: RawColumns, now_us: int) -> ValidatedRows:
+        latest = self._latest.get(decoder.name)
+        return validate_columns(
+            raw, decoder.stream, now_us, latest, show_values=self._show_values, limits=decoder.limits
+        )
+
+    def _advance_time(self, decoder: _StreamDecoder, validated: ValidatedRows) -> None:
+        if validated.latest_us is not None:
+            self._latest[decoder.name] = validated.latest_us
 
 
 class _StreamDecoder:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from agent import config
 from agent.clock import ClockReading
-from agent.device.intake.connection import ProducerConnection, client_source
+from agent.device.intake.connection import ProducerConnection, client_source, make_buffer
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.listener import (
     ConnectionTable,
@@ -36,17 +36,11 @@ from agent.device.store.store import Store
 from agent.errors import StorageError, StorageFull
 from agent.performance.labels import LabelTarget
 
-# Small enough that a producer of noise, two bytes a line, delays the others by a tenth of a second at most.
-_READ_BYTES = 1 << 16
-# A single line costs twenty times as much as a line among others. Rows wait much longer for a commit anyway.
-_SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
 # A group that is worth a commit waits only while more data keeps arriving.
 _QUIET_S = 0.005
 _HEARTBEAT_S = 10.0
 _WATCH_S = 1.0
 _HEARTBEAT_TIMEOUT_S = 120.0
-# Time that a producer which has closed its side has to read its last answers.
-_FLUSH_S = 3.0
 # Time that sources have to handle the last commit.
 _SHUTDOWN_S = 3.0
 # Greetings and ends are answered by a commit of their own this many times, and once more for each usual commit: a
@@ -74,10 +68,11 @@ class Intake:
         self._conf, self._store, self._sources, self._now = conf, store, sources, now
         self._on_committed, self._on_failed = on_committed, on_failed
         self.group_commit = GroupCommit(store, conf.streams, label_targets, label_key)
+        self._buffer = make_buffer(self.group_commit)
         self._answer_callbacks: dict[object, Callable[[CommitOutcome], None]] = {}
         self._connections_by_client: dict[str, ProducerConnection] = {}
         self._table = ConnectionTable(raise_descriptor_limit())
-        self._open_connections: set[socket.socket | asyncio.StreamWriter] = set()
+        self._open_connections: set[socket.socket | asyncio.Transport] = set()
         self._early_commits, self._early_counted_s = float(_MAX_EARLY_COMMITS), 0.0
         self._commit_waiters: list[asyncio.Future[None]] = []
         self._serve_tasks: set[asyncio.Task[None]] = set()
@@ -227,25 +222,24 @@ class Intake:
 
     async def _serve(self, connected: socket.socket, user: User, token: str | None) -> None:
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=_READ_BYTES)
-        protocol = asyncio.StreamReaderProtocol(reader)
-        transport, _ = await loop.connect_accepted_socket(lambda: protocol, connected)
-        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-        self._open_connections.discard(connected)
-        self._open_connections.add(writer)
         producer = ProducerConnection(
             self.group_commit,
             LineParser(self._conf.streams, show_values=self._conf.privacy.values_in_logs),
             self._greet,
-            writer,
+            self._handle_received,
+            self._now,
+            self._buffer,
             user,
             token,
         )
+        await loop.connect_accepted_socket(lambda: producer, connected)
+        self._open_connections.discard(connected)
+        self._open_connections.add(producer.transport)
         self._answer_callbacks[producer] = producer.answer
         try:
             self._table.add(producer, loop.time())
-            await self._read_lines(producer, reader, writer)
-            await producer.end(self._now())
+            await producer.receive()
+            await producer.end()
             await self._commit_early(lambda: producer.awaits_answer)
             producer.report_cut_off_line()
         except Refusal as refusal:
@@ -260,27 +254,15 @@ class Intake:
             if producer.name is not None and self._connections_by_client.get(producer.name) is producer:
                 del self._connections_by_client[producer.name]
             try:
-                await _flush_and_close(writer)
+                await producer.close()
             finally:
                 # Its descriptor and unread answers count until they are gone.
                 self._table.remove(producer)
-                self._open_connections.discard(writer)
+                self._open_connections.discard(producer.transport)
 
-    async def _read_lines(
-        self, producer: ProducerConnection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        while data := await reader.read(_READ_BYTES):
-            size = await producer.feed(data, self._now())
-            self._schedule_commit()
-            self._table.limit_memory(producer)
-            # Only a producer that does not read its answers waits here.
-            await writer.drain()
-            # Short lines gather in the kernel's buffer for a moment: one read costs less, and no single line wakes
-            # this thread. Part of a long line would gain nothing.
-            if size < _SMALL_READ_BYTES and isinstance(writer.transport, asyncio.ReadTransport):
-                writer.transport.pause_reading()
-                await asyncio.sleep(_GATHER_S)
-                writer.transport.resume_reading()
+    def _handle_received(self, producer: ProducerConnection) -> None:
+        self._schedule_commit()
+        self._table.limit_memory(producer)
 
     async def _greet(self, producer: ProducerConnection, name: str, forget: bool) -> int:
         """Retire an older connection of `name`, and return how many of its lines are stored. Raises Refusal.
@@ -386,13 +368,3 @@ class Intake:
                 self._answer_callbacks.pop(producer, None)
         self._wake_waiters()
         self._on_committed()
-
-
-async def _flush_and_close(writer: asyncio.StreamWriter) -> None:
-    """Close a connection after its last answers are sent; one that does not read them loses them."""
-    writer.close()
-    try:
-        with contextlib.suppress(OSError):
-            await asyncio.wait_for(writer.wait_closed(), _FLUSH_S)
-    finally:
-        writer.transport.abort()

@@ -7,14 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from agent.device.intake.frames import MAGIC, PREFIX
+from agent.device.intake.frames import MAGIC, PREFIX, Data, Frames
 from agent.device.intake.protocol import MAX_LINE_BYTES
-
-
-class Frame(msgspec.Struct, frozen=True):
-    """Whole binary frame."""
-
-    content: bytes
 
 
 class Oversized(msgspec.Struct, frozen=True):
@@ -47,27 +41,30 @@ class Splitter:
             return self._dropped.kind
         return "frame" if self.partial and MAGIC.startswith(self.partial[: len(MAGIC)]) else "line"
 
-    def split(self, data: bytes) -> list[list[bytes] | Frame | Oversized]:
-        """Return what `data` completes, in order: lines without their newlines, frames, and dropped ones."""
-        items: list[list[bytes] | Frame | Oversized] = []
-        start = self._drop(data, items)
+    def split(self, data: Data) -> list[list[bytes] | Frames | Oversized]:
+        """Return what `data` completes, in order: lines without their newlines, frames, and dropped ones.
+
+        `data` begins with the bytes of `partial`. The frames refer to it.
+        """
+        items: list[list[bytes] | Frames | Oversized] = []
+        start, searched, self.partial = self._drop(data, items), len(self.partial), b""
         if start < 0:
             return items
-        searched, data = len(self.partial), self.partial + data[start:]
-        start, self.partial = 0, b""
         lines: list[bytes] = []
         while start < len(data):
-            if data[start] == MAGIC[0] and MAGIC.startswith(data[start : start + len(MAGIC)]):
-                end = self._find_frame_end(data, start)
-                if end > len(data):
+            if data[start] == MAGIC[0] and MAGIC.startswith(bytes(data[start : start + len(MAGIC)])):
+                size = _frame_size(data, start)
+                if not size or start + size > len(data):
                     break
                 if lines:
                     items.append(lines)
                     lines = []
-                size = end - start
-                items.append(Frame(data[start:end]) if size <= MAX_LINE_BYTES else Oversized("frame", size))
+                end = _find_end_of_alike(data, start, size)
+                items.append(Frames(data[start:end], size) if size <= MAX_LINE_BYTES else Oversized("frame", size))
                 start = end
                 continue
+            if isinstance(data, memoryview):
+                data, searched, start = bytes(data[start:]), searched - start, 0
             # `find` is much faster than `split` on a long line, and as fast on short ones.
             end = data.find(b"\n", max(start, searched))
             if end < 0:
@@ -76,21 +73,13 @@ class Splitter:
             start = end + 1
         if lines:
             items.append(lines)
-        self._hold(data, start)
+        self._hold(bytes(data[start:]))
         return items
 
-    def _find_frame_end(self, data: bytes, start: int) -> int:
-        """Return where the frame ends; behind `data` if that is not known yet."""
-        if len(data) - start < PREFIX.size:
-            return len(data) + 1
-        return start + PREFIX.size + int(PREFIX.unpack_from(data, start)[1])
-
-    def _hold(self, data: bytes, start: int) -> None:
+    def _hold(self, rest: bytes) -> None:
         """Hold what is unfinished, or begin to drop it: it must not fill the memory."""
-        rest = data[start:]
-        if MAGIC.startswith(rest[: len(MAGIC)]) and len(rest) >= PREFIX.size:
-            size = self._find_frame_end(rest, 0)
-            if size > MAX_LINE_BYTES:
+        if MAGIC.startswith(rest[: len(MAGIC)]):
+            if (size := _frame_size(rest, 0)) > MAX_LINE_BYTES:
                 self._dropped, self._frame_rest = Oversized("frame", size), size - len(rest)
                 return
         elif len(rest) > MAX_LINE_BYTES:
@@ -98,7 +87,7 @@ class Splitter:
             return
         self.partial = rest
 
-    def _drop(self, data: bytes, items: list[list[bytes] | Frame | Oversized]) -> int:
+    def _drop(self, data: Data, items: list[list[bytes] | Frames | Oversized]) -> int:
         """Drop the rest of what is too long, and return where the next line or frame begins; -1 if not in `data`."""
         dropped = self._dropped
         if dropped is None:
@@ -109,7 +98,7 @@ class Splitter:
                 return -1
             end = self._frame_rest
         else:
-            newline = data.find(b"\n")
+            newline = bytes(data).find(b"\n")
             dropped = Oversized("line", dropped.size + (len(data) if newline < 0 else newline))
             if newline < 0:
                 self._dropped = dropped
@@ -118,3 +107,18 @@ class Splitter:
         items.append(dropped)
         self._dropped, self._frame_rest = None, 0
         return end
+
+
+def _frame_size(data: Data, start: int) -> int:
+    """Return the bytes of the frame at `start`; 0 if that is not known yet."""
+    if len(data) - start < PREFIX.size:
+        return 0
+    return PREFIX.size + int(PREFIX.unpack_from(data, start)[1])
+
+
+def _find_end_of_alike(data: Data, start: int, size: int) -> int:
+    """Return the end of the whole frames of `size` bytes that follow one another from `start`, or of a longer one."""
+    prefix, end = data[start : start + PREFIX.size], start + size
+    while size <= MAX_LINE_BYTES and end + size <= len(data) and data[end : end + PREFIX.size] == prefix:
+        end += size
+    return end

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from agent.clock import parse_local
 from agent.config import FieldConfig, StreamConfig
 from agent.errors import RowRejected
+from agent.kernel import checksum
 from agent.text import is_unicode
 from agent.toml_files import did_you_mean
 from agent.wire import commitment
@@ -108,7 +109,7 @@ def pack_chunk(rows: Rows, place: tuple[int, ...] = ()) -> PackedChunk:
 
 def _chunk_crc(n: int, first_t: int, time_bytes: int, data: bytes, place: tuple[int, ...]) -> int:
     """Return the CRC-32 of the blob, its place and its description: a wrong time would move every row of the chunk."""
-    return zlib.crc32(data, zlib.crc32(struct.pack(f"<3q{len(place)}q", n, first_t, time_bytes, *place)))
+    return checksum.crc32(data, zlib.crc32(struct.pack(f"<3q{len(place)}q", n, first_t, time_bytes, *place)))
 
 
 def is_intact(chunk: PackedChunk) -> bool:
@@ -131,7 +132,9 @@ def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
     for dtype in dtypes:
         columns.append(np.frombuffer(chunk.data, dtype, chunk.n, at))
         at += chunk.n * dtype.itemsize
-    return Rows(offsets.astype(np.int64) + chunk.first_t, tuple(columns))
+    t = offsets.astype(np.int64)
+    t += chunk.first_t
+    return Rows(t, tuple(columns))
 
 
 class RawColumns(msgspec.Struct, frozen=True):
@@ -442,4 +445,4 @@ def _reject_where(
 
 
 def _little_endian(array: NDArray[Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
+    return memoryview(np.ascontiguousarray(array, array.dtype.newbyteorder("<") if array.dtype.str[0] == ">" else None))

@@ -103,8 +103,7 @@ class BatchPredictor:
         reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
         joined = joined_rows.read(self.inference.manifest, source, self.joined)
         sidecar = checkpoint_path(out)
-        part = PartialOutput(out, self._columns)
-        try:
+        with contextlib.closing(PartialOutput(out, self._columns)) as part:
             # Only under the lock: until then another run may have written it.
             state = _Checkpoint.load(sidecar, self.identity(source, out), part.size)
             part.resume(state.written)
@@ -120,8 +119,6 @@ class BatchPredictor:
                     state.save(sidecar, stream)
                     saved_s = time.monotonic()
             part.finish()
-        finally:
-            part.close()
         sidecar.unlink(missing_ok=True)
         return state.totals
 

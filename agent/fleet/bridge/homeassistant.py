@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def _stored_verdicts(location: Path | str, by: str) -> VerdictSink:
 
     def store(device: str, task: str, row: int, label: str) -> str:
         judge = verdicts.Judge(by, "homeassistant", clock.now_rfc3339())
-        with contextlib.closing(FleetStore(location)) as opened, opened.transaction() as db:
+        with FleetStore(location) as opened, opened.transaction() as db:
             given = verdicts.judge_result(db, device, task, row, label, judge)
         return f"row {row} is {given.label}: {given.verdict}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -141,6 +141,12 @@ class FleetStore:
 
     def close(self) -> None:
         self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def transaction(self) -> AbstractContextManager[Connection]:
         """Begin a write transaction: committed when the block ends, rolled back when it raises."""

@@ -153,8 +153,7 @@ def end_session(config: FleetConfig, client: str, authority: CertificateAuthorit
 def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) -> dict[AccessChange, str]:
     """Put changes in force, and return those that the broker refused, with its reasons. Raises LinkDown."""
     refused = {}
-    link = Link(broker, broker_access.ADMIN, subscribe=[RESPONSE_TOPIC], timeout_s=_TIMEOUT_S)
-    try:
+    with Link(broker, broker_access.ADMIN, subscribe=[RESPONSE_TOPIC], timeout_s=_TIMEOUT_S) as link:
         for change in changes:
             query = {"command": "getClient", "username": change.client}
             if broker_access.is_in_force(change, find_reply(request(link, [query]))):
@@ -165,8 +164,6 @@ def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) 
             if not broker_access.is_in_force(change, find_reply(responses)):
                 errors = "; ".join(response["error"] for response in responses if "error" in response)
                 refused[change] = errors or "it confirmed the change, and lists another access"
-    finally:
-        link.close()
     return refused
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from agent import durable_files, input_files
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet.config import ClientCertificate, FleetConfig
@@ -12,18 +14,31 @@ from agent.fleet.enrolment import broker_access, broker_control, pki, revocation
 from agent.fleet.enrolment.broker_access import Access, AccessChange
 from agent.fleet.enrolment.revocation import RevocationOutcome
 
+WITHOUT_TLS = "The broker is used without TLS, so no certificate is needed."
 ROLES = ("collector", "operator", "commander", broker_access.ADMIN)
+
+
+class AddedClients(msgspec.Struct, frozen=True):
+    """Files created for clients, and the steps left to the operator. `password` is stored nowhere, but for its hash."""
+
+    files: list[Path] = msgspec.field(default_factory=list)
+    steps: list[str] = msgspec.field(default_factory=list)
+    user: str = ""
+    password: str | None = None
 
 
 def certificate_of(folder: Path, user: str) -> ClientCertificate:
     return ClientCertificate(str(folder / f"{user}.crt"), str(folder / f"{user}-tls.key"))
 
 
-def add(folder: Path, config: FleetConfig, user: str, access: Access) -> tuple[list[Path], tuple[str, ...]]:
-    """Issue a client's certificate, once, and let it in at a broker with TLS.
+def require_no_device(folder: Path, user: str) -> None:
+    """Raise UsageError if a device has the name of a client, which is one at the broker."""
+    if (folder / "devices" / user).exists():
+        raise UsageError(f"a device is enrolled as {user!r}, the name of this client at the broker; choose another")
 
-    Return the certificate, its key, and the steps left to the operator. Raises UsageError.
-    """
+
+def add(folder: Path, config: FleetConfig, user: str, access: Access) -> AddedClients:
+    """Issue a client's certificate, once, and let it in at a broker with TLS. Raises UsageError."""
     assert config.ca is not None
     files = certificate_of(folder, user)
     certificate, key = Path(files.cert_file), Path(files.tls_key_file)
@@ -32,7 +47,8 @@ def add(folder: Path, config: FleetConfig, user: str, access: Access) -> tuple[l
         issued = authority.issue_client(user, config.fleet.name)
         durable_files.write(key, issued.key, 0o600)
         durable_files.write(certificate, issued.certificate, 0o600)
-    return [certificate, key], broker_control.apply(folder, config, AccessChange(user, access)).steps
+    steps = broker_control.apply(folder, config, AccessChange(user, access)).steps
+    return AddedClients([certificate, key], [*steps], user)
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, user: str) -> RevocationOutcome:

@@ -10,18 +10,12 @@ from agent.errors import UsageError
 from agent.fleet.config import FleetConfig, Identity
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import clients
+from agent.fleet.enrolment.clients import AddedClients
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.names import is_name
 
 # Name of the certificate that `fleet init` issues; the broker of such a fleet uses the name in it as the client id.
 _INITIAL_CERTIFICATE = "collector.crt"
-
-
-class AddedCollector(msgspec.Struct, frozen=True):
-    """Files created for a collector, and the steps left to the operator."""
-
-    files: list[Path] = msgspec.field(default_factory=list)
-    steps: list[str] = msgspec.field(default_factory=list)
 
 
 def resolve_identity(config: FleetConfig, name: str) -> Identity:
@@ -39,16 +33,16 @@ def resolve_identity(config: FleetConfig, name: str) -> Identity:
     return msgspec.structs.replace(configured, cert_file=files.cert_file, tls_key_file=files.tls_key_file)
 
 
-def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
+def add(folder: Path, config: FleetConfig, name: str) -> AddedClients:
     """Issue a collector's certificate, once, and let it in at the broker. Raises UsageError."""
     _check_name(name)
     user, start = user_name(name), f"Start it: outstation fleet collect --share {name}"
-    if (folder / "devices" / user).exists():
-        raise UsageError(f"a device is enrolled as {user!r}, the name of this collector at the broker; choose another")
+    clients.require_no_device(folder, user)
     if config.ca is None:
-        return AddedCollector(steps=[f"The broker is used without TLS, so no certificate is needed. {start}"])
-    files, steps = clients.add(folder, config, user, "collector")
-    return AddedCollector(files, [*steps, start])
+        return AddedClients(steps=[f"{clients.WITHOUT_TLS} {start}"])
+    added = clients.add(folder, config, user, "collector")
+    added.steps.append(start)
+    return added
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-import msgspec
-
 from agent.errors import StorageError, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import clients
+from agent.fleet.enrolment.clients import AddedClients
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.names import is_name
@@ -24,15 +23,6 @@ from agent.names import is_name
 _PASSWORD_BYTES = 18
 
 _WITHOUT_TLS = "The broker is used without TLS: every program on this machine can read it already."
-
-
-class AddedViewer(msgspec.Struct, frozen=True):
-    """Files of a viewer, and the steps left to the operator. `password` is stored nowhere, but for its hash."""
-
-    user: str = ""
-    password: str | None = None
-    files: list[Path] = msgspec.field(default_factory=list)
-    steps: list[str] = msgspec.field(default_factory=list)
 
 
 def user_name(name: str) -> str:
@@ -43,31 +33,31 @@ def is_viewer(folder: Path, name: str) -> bool:
     return name.startswith("viewer-") and (folder / f"{name}.crt").exists()
 
 
-def add(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
+def add(folder: Path, config: FleetConfig, name: str) -> AddedClients:
     """Issue a viewer's certificate, once, and let it in at the broker. Raises UsageError."""
     user = _check_name(name)
-    if (folder / "devices" / user).exists():
-        raise UsageError(f"a device is enrolled as {user!r}, the name of this viewer at the broker; choose another")
+    clients.require_no_device(folder, user)
     if config.ca is None:
-        return AddedViewer(user, steps=[_WITHOUT_TLS])
-    files, access_steps = clients.add(folder, config, user, "viewer")
-    certificate, key = files
+        return AddedClients(steps=[_WITHOUT_TLS], user=user)
+    added = clients.add(folder, config, user, "viewer")
+    certificate, key = added.files
     command = (
         f"mosquitto_sub -h {config.broker.host} -p {config.broker.port} --cafile {config.ca.cert_file} --cert "
         f"{certificate} --key {key} -V mqttv5 -v -t 'outstation/{config.fleet.name}/#'"
     )
-    steps = [*access_steps, f"Watch: {command}"]
+    added.steps.append(f"Watch: {command}")
     if (broker := ViewersBroker(folder, config)).exists:
-        steps += broker.admit(user)
-        steps.append(f"With port {broker.ports[0]} in its place, any number of programs watches at the same time.")
-    return AddedViewer(user, None, files, steps)
+        added.steps.extend(broker.admit(user))
+        more = f"With port {broker.ports[0]} in its place, any number of programs watches at the same time."
+        added.steps.append(more)
+    return added
 
 
-def add_password(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
+def add_password(folder: Path, config: FleetConfig, name: str) -> AddedClients:
     """Let a viewer in at the viewers' broker with a new password; the former one ends. Raises UsageError."""
     user = _check_name(name)
     if config.ca is None:
-        return AddedViewer(user, steps=[_WITHOUT_TLS])
+        return AddedClients(steps=[_WITHOUT_TLS], user=user)
     broker, password = ViewersBroker(folder, config), secrets.token_urlsafe(_PASSWORD_BYTES)
     steps = broker.create()
     steps += broker.admit(user, password)
@@ -75,7 +65,7 @@ def add_password(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
         f"mosquitto_sub -h {config.broker.host} -p {broker.ports[1]} --cafile {config.ca.cert_file} -u {user} "
         f"-P PASSWORD -V mqttv5 -v -t 'outstation/{config.fleet.name}/#'"
     )
-    return AddedViewer(user, password, [], [*steps, f"Watch: {watch}"])
+    return AddedClients([], [*steps, f"Watch: {watch}"], user, password)
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:

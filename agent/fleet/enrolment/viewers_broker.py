@@ -181,11 +181,8 @@ class ViewersBroker:
         steps = []
         try:
             responses = [broker_control.RESPONSE_TOPIC]
-            link = Link(self._admin_broker(), broker_access.ADMIN, subscribe=responses, timeout_s=_TIMEOUT_S)
-            try:
+            with Link(self._admin_broker(), broker_access.ADMIN, subscribe=responses, timeout_s=_TIMEOUT_S) as link:
                 reply = broker_control.find_reply(broker_control.request(link, [*commands, query]))
-            finally:
-                link.close()
             if (reply is not None) != (stored is not None):
                 raise LinkDown("it did not make the change")
         except LinkDown as problem:

@@ -118,11 +118,8 @@ _COPIED = (
 @contextmanager
 def open_source(location: Path | str, fleet: str, *, needs_groups: bool) -> Iterator[tuple[FleetStore, AlertSource]]:
     """Open the fleet database for the notifier's own thread."""
-    store = FleetStore(location)
-    try:
+    with FleetStore(location) as store:
         yield store, FleetAlertSource(store, fleet, needs_groups=needs_groups)
-    finally:
-        store.close()
 
 
 def _to_text(key: IncidentKey) -> str:

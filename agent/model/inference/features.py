@@ -19,6 +19,8 @@ from agent.model.bundle.manifest import Manifest, ModelInput, WindowSpec
 if TYPE_CHECKING:
     from agent.model.inference.joins import JoinedValues
 
+_MAX_STEP_US = 2**62
+
 
 class WindowCut(msgspec.Struct, frozen=True):
     """Windows of a piece of a stream: row offsets `starts` (w,). The first `consumed` rows are not needed again.
@@ -43,10 +45,10 @@ def cut_windows(t: Ints, window: WindowSpec | None) -> WindowCut:
     if n == 0:
         return WindowCut(np.zeros(0, np.int64), 0)
     steps = np.diff(t)
-    broken = steps < 0
-    if window.max_gap_s is not None:
-        broken |= steps > window.max_gap_s * 1e6
-    begins = np.concatenate([[0], np.flatnonzero(broken) + 1]).astype(np.int64)
+    longest = _MAX_STEP_US if window.max_gap_s is None else int(min(window.max_gap_s * 1e6, _MAX_STEP_US))
+    begins = np.zeros(1, np.int64)
+    if n > 1 and (steps.min() < 0 or steps.max() > longest):
+        begins = np.concatenate([begins, np.flatnonzero((steps < 0) | (steps > longest)) + 1])
     lengths = np.diff(np.append(begins, n))
     counts = np.maximum(0, (lengths - window.rows) // window.step + 1)
     within = np.arange(counts.sum(), dtype=np.int64) - repeat(np.cumsum(counts) - counts, counts)

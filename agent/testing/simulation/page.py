@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from agent.render import html as page
-from agent.render.html import Content, Markup, element, section, table
-from agent.render.svg import html_text
+from agent.render import html
+from agent.render.templates import create_environment
 from agent.text import format_span
 
-_ROW, _LEFT, _RIGHT, _WIDTH, _BAR = 30, 230, 36, 940, 12
+_ROW, _LEFT, _RIGHT, _WIDTH = 30, 230, 36, 940
 _MAX_ROWS, _MAX_NAMES, _MAX_TICKS = 200, 3, 8
 # Seconds between ticks of the time axis.
 _TICK_STEPS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200, 86_400, 7 * 86_400, 30 * 86_400)
 # Settings of events that are seconds.
 _DURATIONS = frozenset({"ahead", "behind", "over", "delay"})
-_OUTCOME_STYLES = {"completed": "ok", "held": "none"}
 # On a phone each row of a table is a block.
 _CSS = (
     "td:first-child,.device{white-space:nowrap}.timeline{min-width:720px;max-width:none}"
@@ -28,60 +27,32 @@ _CSS = (
 
 def render(report: Mapping[str, Any]) -> str:
     """Return a self-contained page of a report (`agent.testing.simulation.report`)."""
-    return page.render_document("Simulated fleet", [*_build(report)], _CSS)
-
-
-def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
-    events, alarms, audit = report["events"], report["false_alarms"], report["audit"]
-    yield element("h1", "Simulated fleet")
-    lead = f"{report['devices']} devices for {_short_span(report['simulated_seconds'])}, seed {report['seed']}."
-    yield element("p", lead, css_class="muted")
-    expected = sum(len(event["devices"]) or 1 for event in events if event["expects"])
-    answered = sum(len(event["found"]) for event in events if event["expects"])
+    environment = create_environment(Path(__file__).parent)
+    environment.filters.update(
+        span=_short_span, devices=_name_devices, settings=_format_settings, device_groups=_group_devices,
+        number=lambda n: f"{n:,}",
+    )  # fmt: skip
+    # Numbers are those of the scenario.
+    numbered = enumerate(report["events"][:_MAX_ROWS], 1)
+    events = sorted(numbered, key=lambda entry: (entry[1]["at"], entry[0]))
+    expected = [event for event in report["events"] if event["expects"]]
+    answered = sum(len(event["found"]) for event in expected)
+    alarms = report["false_alarms"]
     tiles = {
-        "expected and found": f"{answered} of {expected}",
+        "expected and found": f"{answered} of {sum(len(event['devices']) or 1 for event in expected)}",
         f"false alarms, budget {alarms['budget']}": f"{alarms['n']}",
-        "audit": "passed" if audit["passed"] else "failed",
+        "audit": "passed" if report["audit"]["passed"] else "failed",
         "messages": f"{report['messages']:,}",
         "messages a second": f"{report['messages_per_second']:,.0f}",
         "peak memory": f"{report['peak_bytes'] / 2**20:,.0f} MiB",
     }
-    boxes = (
-        element("div", element("span", name), element("b", value), css_class="tile") for name, value in tiles.items()
-    )
-    yield element("div", *boxes, css_class="tiles")
-    yield _verdict(report)
-    if events:
-        intro = (
-            "A bar is the time of an event, orange if an alert is missing. A dot is the alert that answers it at a "
-            "device, a ring one of the collector."
-        )
-        yield section("Timeline", intro, element("div", _timeline(report), css_class="scroll"))
-        yield section("Injected and found", "", table(["at", "event", "devices", "found"], [*_event_rows(events)]))
-    for rollout in report["rollouts"]:
-        yield _describe_rollout(rollout)
-    if alarms["alerts"]:
-        rows = [
-            [_short_span(alarm["at"]), _list_devices([alarm["device"] or "the fleet"]), alarm["by"], alarm["summary"]]
-            for alarm in alarms["alerts"][:_MAX_ROWS]
-        ]
-        intro = (
-            f"Alerts that no event explains; the first {_MAX_ROWS}."
-            if alarms["n"] > _MAX_ROWS
-            else "Alerts that no event explains."
-        )
-        yield section("False alarms", intro, table(["at", "device", "by", "alert"], rows))
-    problems = [f"{each['device']} seq {each['seq']}: {each['reason']}" for each in audit["invalid"][:_MAX_ROWS]]
-    text = f"{audit['messages']:,} signed messages of {audit['devices']} devices were verified again."
-    yield section("Audit", text, *([page.bullet_list(problems)] if problems else []))
-    yield element(
-        "footer",
-        f"{report['rows']:,} rows. Digest of all published messages: ",
-        element("code", report["messages_digest"]),
-    )
+    chart = _build_timeline(events, max(float(report["simulated_seconds"]), 1.0))
+    values = {"tiles": tiles, "problems": _list_problems(report), "events": events, "chart": chart}
+    body = environment.get_template("report.html").render(report=report, max_rows=_MAX_ROWS, **values)
+    return html.render_document("Simulated fleet", [html.Markup(body)], _CSS)
 
 
-def _verdict(report: Mapping[str, Any]) -> Markup:
+def _list_problems(report: Mapping[str, Any]) -> list[str]:
     problems = []
     if report["missed"]:
         problems.append(f"Expected alerts that did not come: {report['missed']}.")
@@ -96,76 +67,11 @@ def _verdict(report: Mapping[str, Any]) -> Markup:
     ]
     if report["undelivered"]:
         problems.append(f"Messages of {len(report['undelivered'])} devices were not delivered.")
-    if not problems:
-        return element(
-            "div",
-            "Everything was found, within the budget of false alarms, and nothing was lost.",
-            css_class="notice ok",
-        )
-    return element("div", page.bullet_list(problems), css_class="notice")
+    return problems
 
 
-def _event_rows(events: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
-    for number, event in _sort_by_time(events):
-        settings = ", ".join(f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items())
-        label = element("div", f"{number} {event['kind']}", element("div", settings, css_class="muted"))
-        yield [_short_span(event["at"]), label, _list_devices(event["devices"]), _describe_answer(event)]
-
-
-def _describe_answer(event: Mapping[str, Any]) -> Content:
-    """Return the first alert that answers an event, after how long, by whom, and where there is none."""
-    answers, missed = event["found"], event["missed"]
-    if "outcome" in event and not answers:
-        return element("span", event["outcome"], css_class=f"state {_OUTCOME_STYLES.get(event['outcome'], 'warning')}")
-    if not answers and not missed:
-        return element("span", "nothing expected", css_class="state none")
-    first = min(answers, key=lambda each: float(each["after"]), default=None)
-    parts: list[Content] = []
-    if first is not None:
-        name = " ".join(dict.fromkeys((first["alert"], first["subject"])))
-        parts.append(element("span", name, css_class="state ok"))
-        text = f" after {_short_span(first['after'])} by the {first['by']}"
-        if "shared_with" in first:
-            text = f" open since event {first['shared_with']}"
-        if len(answers) > 1:
-            text += f", found at {len(answers)} devices"
-        parts.append(text)
-    if missed:
-        text = "missed" if first is None else f"missed at {_name_devices(missed)}"
-        parts.append(element("div", element("span", text, css_class="state warning")))
-    return element("div", *parts)
-
-
-def _describe_rollout(rollout: Mapping[str, Any]) -> Markup:
-    """Return a section with the steps of a roll-out, and with what each device did."""
-    steps = [
-        [_short_span(step["at"]), step["label"], _count_phases(step["devices"]), step["why"]]
-        for step in rollout["steps"]
-    ]
-    return section(
-        f"Roll-out {rollout['name']} {rollout['version']}: {rollout['outcome']}",
-        rollout["why"],
-        table(["at", "step", "devices", "decision at its end"], steps),
-        table(["devices", "runs", "phases", "last report of the first"], [*_device_rows(rollout["devices"])]),
-    )
-
-
-def _device_rows(devices: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
-    """Yield a row for the devices that run the same version after the same phases, the smallest group first."""
-    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for device in devices:
-        groups.setdefault((device["runs"], *(each["phase"] for each in device["phases"])), []).append(device)
-    for (runs, *names), alike in sorted(groups.items(), key=lambda group: len(group[1]))[:_MAX_ROWS]:
-        begins = [[device["phases"][place]["at"] for device in alike] for place in range(len(names))]
-        phases = [
-            f"{name} {_short_span(min(at))}" + (f" to {_short_span(max(at))}" if min(at) < max(at) else "")
-            for name, at in zip(names, begins, strict=True)
-        ]
-        yield [_list_devices([device["device"] for device in alike]), runs, ", ".join(phases), alike[0]["why"]]
-
-
-def _count_phases(devices: Mapping[str, list[str]]) -> str:
-    return ", ".join(f"{len(set(names))} {phase}" for phase, names in devices.items()) or "none"
+def _format_settings(event: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items())
 
 
 def _format_setting(name: str, value: Any) -> str:
@@ -186,54 +92,38 @@ def _name_devices(devices: list[str]) -> str:
     return (", ".join(devices[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")) or "the collector"
 
 
-def _list_devices(devices: list[str]) -> Markup:
-    """Return the names of the first devices, none of which is broken into two lines."""
-    names = [name.strip() for name in _name_devices(devices).split(",")]
-    parts: list[Content] = []
-    for name in names:
-        parts += [", "] * bool(parts) + [element("span", name, css_class="device")]
-    return element("div", *parts)
+def _group_devices(devices: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for the devices that run the same version after the same phases, the smallest group first."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for device in devices:
+        groups.setdefault((device["runs"], *(each["phase"] for each in device["phases"])), []).append(device)
+    rows = []
+    for (runs, *names), alike in sorted(groups.items(), key=lambda group: len(group[1]))[:_MAX_ROWS]:
+        begins = [[device["phases"][place]["at"] for device in alike] for place in range(len(names))]
+        phases = [
+            f"{name} {_short_span(min(at))}" + (f" to {_short_span(max(at))}" if min(at) < max(at) else "")
+            for name, at in zip(names, begins, strict=True)
+        ]
+        members = [device["device"] for device in alike]
+        rows.append({"devices": members, "runs": runs, "phases": ", ".join(phases), "why": alike[0]["why"]})
+    return rows
 
 
-def _sort_by_time(events: list[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """Return number and event of the first events, by time; numbers are those of the scenario."""
-    return sorted(enumerate(events[:_MAX_ROWS], 1), key=lambda entry: (entry[1]["at"], entry[0]))
-
-
-def _timeline(report: Mapping[str, Any]) -> Markup:
-    """Return a drawing with a row for each event: its time, and the moments at which it was found."""
-    events = _sort_by_time(report["events"])
-    whole_s = max(float(report["simulated_seconds"]), 1.0)
-    height = _ROW * (len(events) + 1)
+def _build_timeline(events: list[tuple[int, Mapping[str, Any]]], whole_s: float) -> dict[str, Any]:
+    """Return a row for each event, with its time and the moments at which it was found, in units of the drawing."""
 
     def x(seconds: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * min(1.0, max(0.0, seconds / whole_s))
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * min(1.0, max(0.0, seconds / whole_s)), 1)
 
-    parts = []
-    step_s = next((step for step in _TICK_STEPS if whole_s / step <= _MAX_TICKS), _TICK_STEPS[-1])
-    for at in range(0, int(whole_s) + 1, step_s):
-        parts.append(f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="0" y2="{height - _ROW}" stroke="var(--grid)"/>')
-        parts.append(
-            f'<text x="{x(at):.1f}" y="{height - 8}" text-anchor="middle" style="fill:var(--muted)">'
-            f"{html_text(_short_span(at))}</text>"
-        )
+    rows = []
     for place, (number, event) in enumerate(events):
-        middle = _ROW * place + _ROW / 2
         begin, end = x(event["at"]), x(event["at"] + event["lasts"] if event["lasts"] is not None else whole_s)
-        color = "var(--drift)" if event["missed"] else "var(--reference-edge)"
         devices = event["devices"]
         where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
-        name = f"{number} {event['kind']} {where}"
-        parts.append(f'<text x="0" y="{middle + 4:.1f}">{html_text(name)}</text>')
-        parts.append(
-            f'<rect x="{begin:.1f}" y="{middle - _BAR / 2:.1f}" width="{max(3.0, end - begin):.1f}" height="{_BAR}" '
-            f'rx="3" fill="{color}"/>'
-        )
-        for each in event["found"]:
-            fill = "var(--ok)" if each["by"] == "device" else "var(--paper)"
-            parts.append(
-                f'<circle cx="{x(each["at"]):.1f}" cy="{middle:.1f}" r="5.5" fill="{fill}" stroke="var(--ok)" '
-                f'stroke-width="2.5"><title>{html_text(each["summary"])}</title></circle>'
-            )
-    head = f'<svg class="timeline" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Timeline of events">'
-    return Markup(head + "".join(parts) + "</svg>")
+        row = {"name": f"{number} {event['kind']} {where}", "missed": event["missed"], "y": _ROW * place + _ROW / 2}
+        answers = [(x(each["at"]), each["by"], each["summary"]) for each in event["found"]]
+        rows.append(row | {"x": begin, "width": max(3.0, round(end - begin, 1)), "found": answers})
+    step_s = next((step for step in _TICK_STEPS if whole_s / step <= _MAX_TICKS), _TICK_STEPS[-1])
+    ticks = [(x(at), _short_span(at)) for at in range(0, int(whole_s) + 1, step_s)]
+    height = _ROW * (len(events) + 1)
+    return {"width": _WIDTH, "height": height, "bottom": height - _ROW, "ticks": ticks, "rows": rows}

@@ -21,18 +21,18 @@ from agent.device.store import task_keys
 from agent.model.inference import runtime
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.testing.process import wait_until
-from tests.kit.exchanges import Device, version
+from tests.kit.bundle_devices import Device, version
 from tests.kit.operators import NOW
 from tests.kit.rollouts import with_trap
 
-pytest_plugins = ["tests.kit.exchange_fixtures"]
+pytest_plugins = ["tests.kit.bundle_device_fixtures"]
 
 NUMBERS = itertools.count()
 
 
 @pytest.fixture
-def device(exchange_device: Device) -> Device:
-    return exchange_device
+def device(bundle_device: Device) -> Device:
+    return bundle_device
 
 
 def dies(device: Device, digest: str, task: str = "sort") -> None:

@@ -201,7 +201,7 @@ def test_white_space_and_a_byte_order_mark_may_come_first(station: Station, befo
 def test_a_producer_that_hangs_up_and_never_reads_its_answers_takes_no_descriptor_for_ever(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_FLUSH_S", 1.0)
+    monkeypatch.setattr("agent.device.intake.connection._FLUSH_S", 1.0)
     table = station.intake._table
     with Line(station.socket) as line:
         # Answers of 40 times as many bytes: more than the kernel holds.

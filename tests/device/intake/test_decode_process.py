@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -85,8 +86,7 @@ def test_the_process_is_confined_and_decodes_each_format(
     monkeypatch.setenv("BROKER_PASSWORD", "token")
     path = tmp_path / f"a.{suffix}"
     stream, rows = write_sample(path)
-    process = DecodeProcess("s", stream)
-    try:
+    with contextlib.closing(DecodeProcess("s", stream)) as process:
         with path.open("rb") as file:
             blocks = list(process.decode(file.fileno(), path.name))
         assert [sum(block.raw.n for block in blocks), sum(len(block.rejected) for block in blocks)] == [rows, 0]
@@ -101,8 +101,6 @@ def test_the_process_is_confined_and_decodes_each_format(
         assert problems
         assert "not permitted" not in problems
         assert process._child.poll() is None
-    finally:
-        process.close()
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from agent.client import _encode_frame, _frame_type
 from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.frames import MAGIC, read_columns, read_layout
+from agent.device.intake.frames import MAGIC, Frames, read_columns, read_layout
 from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser, ParsedLines
-from agent.device.intake.splitter import Frame, Oversized, Splitter
-from agent.device.store.rows import pack_chunk
+from agent.device.intake.splitter import Oversized, Splitter
+from agent.device.store.rows import concatenate, pack_chunk
 from agent.errors import RowRejected
 from tests.kit.stations import STREAMS, T0
 
@@ -26,7 +26,7 @@ LINE = b'{"stream":"watch","ax":1,"ay":2}'
 AX, AY = np.array([0.1, 0.2, 0.3], "<f4"), np.array([1, 2, 3], "<f8")
 TYPES = ("<f4", "<f8", "<i4", "<i8")
 NUMBERS = st.one_of(st.floats(-20, 20, width=32), st.integers(-20, 20), st.just(float("nan")))
-Items = list[list[bytes] | Frame | Oversized]
+Items = list[list[bytes] | Frames | Oversized]
 
 
 def frame(stream: str = "watch", **columns: Any) -> bytes:
@@ -43,7 +43,8 @@ def json_line(stream: str = "watch", **columns: Any) -> bytes:
 
 
 def parse(content: bytes, parser: LineParser | None = None) -> ParsedLines:
-    return (parser or LineParser(STREAMS)).parse_frame(content, 1, NOW_US)
+    [parsed] = (parser or LineParser(STREAMS)).parse_frames(Frames(content, len(content)), 1, NOW_US)
+    return parsed
 
 
 def outcome(parsed: ParsedLines) -> tuple[Any, ...]:
@@ -68,7 +69,9 @@ def test_a_frame_comes_to_exactly_what_the_same_columns_as_a_json_line_come_to(d
             times = st.one_of(st.floats(T0, T0 + 9), st.just(-1.0), st.just(1e11))
             columns["t"] = np.array(data.draw(st.lists(times, min_size=n, max_size=n)))
         [line] = lines_parser.parse([json_line(**columns)], number, NOW_US)
-        assert outcome(frames_parser.parse_frame(frame(**columns), number, NOW_US)) == outcome(line)
+        content = frame(**columns)
+        [parsed] = frames_parser.parse_frames(Frames(content, len(content)), number, NOW_US)
+        assert outcome(parsed) == outcome(line)
 
 
 def test_a_rejected_row_of_a_frame_does_not_move_the_time_of_its_producer() -> None:
@@ -160,7 +163,7 @@ def test_a_lying_row_count_is_refused_before_anything_is_allocated() -> None:
 def test_the_layout_of_the_last_frame_is_not_taken_for_another_one() -> None:
     parser = LineParser(STREAMS)
     for content in (HEAD, frame(ay=AY, ax=AX), HEAD, frame(ax=AY, ay=AX), frame(ax=AX, ay=AY, t=AY + T0)):
-        assert outcome(parser.parse_frame(content, 1, NOW_US)) == outcome(parse(content))
+        assert outcome(parse(content, parser)) == outcome(parse(content))
 
 
 @settings(max_examples=300)
@@ -172,30 +175,92 @@ def test_any_bytes_behind_the_prefix_are_rows_or_a_reason(content: bytes, is_wat
     parsed = parse(whole)
     assert parsed.rejected or (parsed.validated is not None and len(parsed.validated.rows))
     try:
-        layout = read_layout(whole, None)
-        columns = read_columns(whole, layout)
+        frames = Frames(whole, len(whole))
+        columns = read_columns(frames, read_layout(frames, None))
     except RowRejected:
         return
     assert {len(column) for column in columns.values.values()} == {columns.n}
+
+
+# --- several frames together
+
+
+def check_together(contents: list[bytes]) -> None:
+    """Check that frames of one size come to the same rows, reasons and times, together or one after the other."""
+    one_by_one, at_once = LineParser(STREAMS), LineParser(STREAMS)
+    expected = [
+        at
+        for number, content in enumerate(contents, 1)
+        for at in one_by_one.parse_frames(alone(content), number, NOW_US)
+    ]
+    joined = Frames(memoryview(bytearray(b"".join(contents))), len(contents[0]))
+    parsed = at_once.parse_frames(joined, 1, NOW_US)
+
+    def total(parts: list[ParsedLines]) -> tuple[Any, ...]:
+        rows = [part.validated.rows for part in parts if part.validated is not None]
+        rejected = {line: reason for part in parts for line, reason in part.rejected.items()}
+        joined = concatenate([part for part in rows if len(part)])
+        return [line for part in parts for line in part.lines], rejected, len(joined) and pack_chunk(joined)
+
+    assert total(parsed) == total(expected)
+    assert len(parsed) in (1, len(contents))
+    assert at_once._latest == one_by_one._latest
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_frames_that_arrive_together_come_to_what_each_comes_to_by_itself(data: st.DataObject) -> None:
+    n, names = (
+        data.draw(st.integers(1, 4)),
+        data.draw(st.sampled_from([("ax", "ay"), ("ay", "ax"), ("ax", "ay", "az")])),
+    )
+    kinds = {name: data.draw(st.sampled_from(TYPES[:3:2])) for name in names}
+    usual = st.floats(-15, 15, width=32)
+    numbers = data.draw(st.sampled_from([usual, st.one_of(usual, st.just(99.0), st.just(float("nan")))]))
+    times = [np.arange(n), None, np.array([5.0] * n), np.array([5e9] * n), np.arange(n)[::-1]]
+    contents = []
+    for second in range(data.draw(st.integers(2, 5))):
+        columns: dict[str, Any] = {}
+        for name in names:
+            values = data.draw(st.lists(numbers, min_size=n, max_size=n))
+            columns[name] = np.array([0 if kinds[name][1] == "i" and v != v else v for v in values]).astype(kinds[name])
+        t = data.draw(st.sampled_from(times[: data.draw(st.integers(1, 5))]))
+        contents.append(frame(**columns, **({} if t is None else {"t": T0 + 10.0 * second + t})))
+    check_together([content for content in contents if len(content) == len(contents[0])])
+
+
+def test_a_frame_with_another_head_of_the_same_size_is_read_by_its_own_head() -> None:
+    ints = np.array([1, 2, 3], "<i4")
+    check_together([HEAD, HEAD.replace(b"ax", b"ay"), HEAD.replace(b"ax", b"zz"), HEAD])
+    check_together([frame(ax=AX, ay=AX), frame(ax=ints, ay=AX), frame("machi", ax=AX, ay=AX)])
+    check_together([HEAD[:8] + b"\xff" * 4 + HEAD[12:], HEAD])
 
 
 # --- lines and frames among each other
 
 
 def split_all(data: bytes, cuts: list[int]) -> tuple[Items, Splitter]:
-    """Split data that arrives in pieces, and join lines that came one after another."""
+    """Split data that arrives in pieces, as a socket's buffer has it, and join what came one after another."""
     splitter, items = Splitter(), Items()
     for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
-        for item in splitter.split(data[start:end]):
-            if isinstance(item, list) and items and isinstance(items[-1], list):
+        buffer = bytearray(splitter.partial + data[start:end])
+        for item in splitter.split(memoryview(buffer)):
+            if isinstance(item, Frames):
+                items += item
+            elif isinstance(item, list) and items and isinstance(items[-1], list):
                 items[-1] += item
             else:
                 items.append(item)
+        buffer[:] = bytes(len(buffer))
     return items, splitter
 
 
+def alone(content: bytes) -> Frames:
+    return Frames(content, len(content))
+
+
 MIXED = LINE + b"\n" + HEAD + LINE + b"\n\n" + frame(ax=AX, ay=AY, t=AY + T0) + HEAD + b"\x9cOX\n\x9c\n" + LINE + b"\n"
-EXPECTED = [[LINE], Frame(HEAD), [LINE, b""], Frame(frame(ax=AX, ay=AY, t=AY + T0)), Frame(HEAD)]
+EXPECTED = [[LINE], alone(HEAD), [LINE, b""], alone(frame(ax=AX, ay=AY, t=AY + T0)), alone(HEAD)]
 
 
 def test_lines_and_frames_cut_at_every_byte_come_out_the_same() -> None:
@@ -203,13 +268,13 @@ def test_lines_and_frames_cut_at_every_byte_come_out_the_same() -> None:
     for cut in range(len(MIXED) + 1):
         assert split_all(MIXED, [cut])[0] == whole
         items, splitter = split_all(MIXED[:cut], [])
-        again = splitter.split(MIXED[cut:])
-        assert b"".join(i.content for i in [*items, *again] if isinstance(i, Frame)).count(MAGIC) == 3
+        again = splitter.split(splitter.partial + MIXED[cut:])
+        assert b"".join(i.content for i in [*items, *again] if isinstance(i, Frames)).count(MAGIC) == 3
     assert split_all(MIXED, list(range(1, len(MIXED))))[0] == whole
 
 
 @settings(max_examples=100)
-@given(st.lists(st.one_of(st.binary(max_size=30), st.just(HEAD), st.just(LINE + b"\n"))), st.data())
+@given(st.lists(st.one_of(st.binary(max_size=30), st.just(HEAD), st.just(3 * HEAD), st.just(LINE + b"\n"))), st.data())
 def test_any_bytes_are_split_the_same_however_they_arrive(parts: list[bytes], data: st.DataObject) -> None:
     content = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=8)))
@@ -222,7 +287,7 @@ def test_an_oversized_frame_is_dropped_without_being_held_and_the_next_line_coun
     for size in (MAX_LINE_BYTES - 8, MAX_LINE_BYTES - 7, 3 * MAX_LINE_BYTES):
         content = MAGIC + struct.pack("<I", size) + b"\n" * size
         items, splitter = split_all(content + LINE + b"\n", list(range(60_000, len(content), 60_000)))
-        whole = Frame(content) if len(content) <= MAX_LINE_BYTES else Oversized("frame", len(content))
+        whole = alone(content) if len(content) <= MAX_LINE_BYTES else Oversized("frame", len(content))
         assert items == [whole, [LINE]]
         assert splitter.partial == b""
     splitter = Splitter()

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from agent import clock
-from agent.client import Client
+from agent.client import Client, _encode_frame
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
 from agent.device.intake.frames import MAGIC
@@ -170,6 +171,18 @@ def test_lines_are_read_during_a_write_and_answered_in_order(tmp_path: Path, mon
         line.hang_up()
         assert line.rest() == [{"through": 2, "accepted": 1, "rejected": []}]
         assert len(station.rows("watch")) == 20_001
+
+
+def test_rows_of_frames_that_arrive_together_are_rejected_by_frame(station: Station) -> None:
+    values, times = np.array([1, 2], "<f4"), ([0, 1], [2, 3], [4, 5])
+    frames = [_encode_frame("watch", {"t": T0 + np.array(t), "ax": values, "ay": values}) or b"" for t in times]
+    for sent, count in ((frames[1], 1), (b"".join(frames), 3)):
+        with station.line() as line:
+            line.socket.sendall(sent)
+            answer = line.through(count)
+    assert [item["line"] for item in answer["rejected"]] == [2]
+    assert answer["rejected"][0]["reason"].count("of the columns: duplicate: ") == 2
+    assert answer["accepted"] == 4
 
 
 def test_a_large_group_commits_when_quiet_and_a_small_one_by_timer(tmp_path: Path) -> None:

@@ -281,6 +281,6 @@ def test_lines_that_cannot_be_stored_in_time_at_a_stop_are_counted_as_lost(tmp_p
         await asyncio.wait([task])
 
     submitted: list[int] = []
-    with contextlib.closing(open_store(tmp_path / "data")) as store:
+    with open_store(tmp_path / "data") as store:
         asyncio.run(stop_before_any_commit(store))
         assert store.counters()["program lines lost.sensor"] == 100

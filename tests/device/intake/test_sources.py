@@ -37,7 +37,7 @@ from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import Rows, pack_chunk
 from agent.errors import ConfigError, UsageError
-from tests.kit.kills import kill_with_a_file_in_hand
+from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import ROOT, T0, Station, conf, rows_of, wait_for
 
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64", max=10**6)])
@@ -358,7 +358,7 @@ from pathlib import Path
 from agent.config import Duration, FieldConfig, StreamConfig
 from agent.config.sources import FilesSource
 from agent.device.intake.sources import files
-from tests.kit.kills import kill_with_a_file_in_hand
+from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
@@ -595,7 +595,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import ReplaySource
 from agent.device.intake.sources.replay import ReplayPlayer
 from agent.device.intake.sources.watched_folder import WatchedFolder
-from tests.kit.kills import kill_with_a_file_in_hand
+from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 
 stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay", optional=True)])

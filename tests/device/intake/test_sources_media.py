@@ -32,7 +32,7 @@ from agent.device.store.rows import Rows
 from agent.errors import ConfigError, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.model.inference import images, sound
-from tests.kit.kills import kill_with_a_file_in_hand
+from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf, rows_of, wait_for
 from tests.model.test_media import RATE, picture, read_samples, tone, write_wav
 
@@ -309,7 +309,7 @@ from pathlib import Path
 from agent.device.intake.sources import files
 from agent.config import Duration
 from tests.device.intake import test_sources_media as here
-from tests.kit.kills import kill_with_a_file_in_hand
+from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0

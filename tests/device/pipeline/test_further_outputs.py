@@ -26,9 +26,9 @@ from agent.model.inference.inference import Inference
 from agent.model.inference.joins import JoinedRows
 from agent.wire.messages import AlertPayload, DriftPayload
 from scripts.kit.bundles import KEY, WINDOWED, waves, write_csv, write_joined_spec
-from tests.kit import outputs
+from tests.kit import multi_output_device
 from tests.kit.devices import Device
-from tests.kit.outputs import AIR_STEP_US, feed, still_air
+from tests.kit.multi_output_device import AIR_STEP_US, feed, still_air
 
 RULES = [
     AlertRuleConfig(name="wear", output="wear", value="> 1e9"),
@@ -40,7 +40,7 @@ RULES = [
 
 @pytest.fixture
 def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
-    made = outputs.make_device(tmp_path / "store", packed, RULES)
+    made = multi_output_device.make_device(tmp_path / "store", packed, RULES)
     yield made
     made.store.close()
 

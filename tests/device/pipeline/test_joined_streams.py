@@ -38,7 +38,7 @@ from agent.wire.commitment import DisclosedJoin, Disclosure
 from agent.wire.messages import ResultsPayload
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
 from tests.kit.devices import NOW, STEP_US, T0, Device, columns, tiles
-from tests.kit.pairs import Recorder
+from tests.kit.shadow_devices import Recorder
 
 WEATHER_STEP_US = 310_000
 WAIT_S = 10.0

@@ -25,7 +25,7 @@ from agent.performance.labels import parse_label
 from agent.quantities import Duration
 from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, QualityPayload
 from scripts.kit.bundles import waves
-from tests.kit import outputs
+from tests.kit import multi_output_device
 from tests.kit.devices import NOW, Device
 
 KEEP_S = 7 * 86_400.0
@@ -71,7 +71,7 @@ def quality(device: Device) -> dict[str, QualityPayload]:
 
 
 def test_labels_of_three_outputs_give_the_metrics_of_each(outputs_device: Device) -> None:
-    outputs.feed(outputs_device, 1, 1200)
+    multi_output_device.feed(outputs_device, 1, 1200)
     labels = [
         *truth_of(outputs_device, ""),
         *truth_of(outputs_device, "wear", lambda value: value + 0.5),
@@ -98,7 +98,7 @@ def test_status_and_prometheus_show_the_quality_of_each_output(
     folder.mkdir()
     for name, content in packed.files.items():
         (folder / name).write_bytes(content)
-    outputs.feed(outputs_device, 1, 1200)
+    multi_output_device.feed(outputs_device, 1, 1200)
     send(outputs_device, *truth_of(outputs_device, "wear", lambda value: value - 2), *truth_of(outputs_device, "")[:7])
     tick(outputs_device)
     tasks = {"tiny": replace(outputs_device.task.config, bundle=str(folder))}
@@ -119,7 +119,7 @@ def test_labels_of_an_output_that_are_wrong_ever_more_often_raise_an_alert_that_
     outputs_device: Device,
 ) -> None:
     for seed in range(3):
-        outputs.feed(outputs_device, seed, 1200)
+        multi_output_device.feed(outputs_device, seed, 1200)
     labels = truth_of(outputs_device, "wear", lambda value: value + 0.1)
     early, late = labels[: len(labels) // 2], labels[len(labels) // 2 :]
     send(outputs_device, *early, *((row, value + 5, output) for row, value, output in late))
@@ -146,7 +146,7 @@ def test_labels_of_an_output_that_are_wrong_ever_more_often_raise_an_alert_that_
 def test_a_label_that_its_output_cannot_have_is_refused(
     outputs_device: Device, label: str, output: Any, why: str
 ) -> None:
-    outputs.feed(outputs_device, 1, 200)
+    multi_output_device.feed(outputs_device, 1, 200)
     row = min(answers(outputs_device, ""))
     [reason] = send(outputs_device, (row, label, output)).values()
     assert why in reason
@@ -158,8 +158,8 @@ def test_a_label_that_arrives_before_its_result_joins_that_of_its_output(outputs
     assert send(outputs_device, (96, "3.25", "wear"), (96, "hot|wet", "flags")) == {}
     assert outputs_device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 1
     with outputs_device.store.transaction() as tx:
-        air = outputs.still_air(20, 1)
-        tx.append("weather", outputs.air_rows(air), "synced")
+        air = multi_output_device.still_air(20, 1)
+        tx.append("weather", multi_output_device.air_rows(air), "synced")
     outputs_device.run_all()
     tick(outputs_device)
     for output, text in (("wear", "3.25"), ("flags", "hot|wet")):
@@ -205,7 +205,7 @@ def test_an_early_label_of_a_dropped_output_joins_the_result_that_is_there(outpu
     outputs_device.feed(waves(200))
     assert send(outputs_device, (96, "3.25", "wear")) == {}
     with outputs_device.store.transaction() as tx:
-        tx.append("weather", outputs.air_rows(outputs.still_air(20, 1)), "synced")
+        tx.append("weather", multi_output_device.air_rows(multi_output_device.still_air(20, 1)), "synced")
     outputs_device.run_all()
     drop_wear(outputs_device)
     tick(outputs_device)
@@ -225,7 +225,7 @@ def test_early_labels_expire_where_no_result_is_stored(outputs_device: Device) -
 def test_labels_of_the_first_output_may_take_the_whole_capacity(
     outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs.feed(outputs_device, 1, 1200)
+    multi_output_device.feed(outputs_device, 1, 1200)
     assert send(outputs_device, *truth_of(outputs_device, "")) == {}
     count = outputs_device.store.query(label_store.count_labels, "tiny").truth
     monkeypatch.setattr("agent.device.store.labels.MAX_LABELS", count)
@@ -237,7 +237,7 @@ def test_labels_of_the_first_output_may_take_the_whole_capacity(
 
 
 def test_old_predictions_and_labels_of_every_output_are_deleted(outputs_device: Device) -> None:
-    outputs.feed(outputs_device, 1, 400)
+    multi_output_device.feed(outputs_device, 1, 400)
     send(outputs_device, *truth_of(outputs_device, "wear"))
     conf = Config(
         DeviceConfig("pi-07", "acme"),
@@ -259,7 +259,7 @@ def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(
     # With the higher count all metrics are withheld.
     outputs_device.author = replace(outputs_device.author, min_count=min_count)
     for seed in range(3):
-        outputs.feed(outputs_device, seed, 1200)
+        multi_output_device.feed(outputs_device, seed, 1200)
     labels = truth_of(outputs_device, "wear")
     half = len(labels) // 2
     send(outputs_device, *labels[:half], *((row, value + 5, output) for row, value, output in labels[half:]))
@@ -292,7 +292,7 @@ def test_an_activation_describes_the_labels_of_each_output(outputs_device: Devic
 
 @pytest.fixture
 def erring(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
-    made = outputs.make_device(tmp_path / "erring", outputs.with_held_out_errors(packed))
+    made = multi_output_device.make_device(tmp_path / "erring", multi_output_device.with_held_out_errors(packed))
     yield made
     made.store.close()
 
@@ -303,7 +303,7 @@ def expected_mae(device: Device) -> float:
 
 
 def test_labels_of_a_number_give_the_error_to_expect_and_the_true_one_of_the_same_results(erring: Device) -> None:
-    outputs.feed(erring, 1, 1200)
+    multi_output_device.feed(erring, 1, 1200)
     usual = expected_mae(erring)
     send(erring, *truth_of(erring, "wear", lambda value: value + usual), *truth_of(erring, ""))
     tick(erring)
@@ -316,14 +316,14 @@ def test_labels_of_a_number_give_the_error_to_expect_and_the_true_one_of_the_sam
 
 
 def test_an_error_to_expect_that_labels_contradict_says_so(erring: Device) -> None:
-    outputs.feed(erring, 1, 1200)
+    multi_output_device.feed(erring, 1, 1200)
     usual = expected_mae(erring)
     send(erring, *truth_of(erring, "wear", lambda value: 1.2 * value + 5 * usual))
     tick(erring)
     estimate = quality(erring)["wear"].estimate
     assert estimate is not None
     assert estimate["outside"] is True
-    outputs.feed(erring, 2, 1200)
+    multi_output_device.feed(erring, 2, 1200)
     drift = [message.body for message in erring.messages() if isinstance(message.body, DriftPayload)]
     first, last = (body.output["further"]["wear"]["estimate"] for body in (drift[0], drift[-1]))
     assert "outside" not in first
@@ -334,9 +334,9 @@ def test_no_error_is_expected_of_results_that_an_earlier_version_stored(
     erring: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "_allocate_error_bins", lambda *_: {})
-    outputs.feed(erring, 1, 600)
+    multi_output_device.feed(erring, 1, 600)
     monkeypatch.undo()
-    outputs.feed(erring, 2, 600)
+    multi_output_device.feed(erring, 2, 600)
     send(erring, *truth_of(erring, "wear", lambda value: value + 1))
     tick(erring)
     assert quality(erring)["wear"].estimate is None

@@ -29,9 +29,8 @@ LEARNED = replace(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
+    with open_store(tmp_path) as opened:
+        yield opened
 
 
 def tell(store: Store, *verdicts: DriftWindowResult) -> list[dict[str, Any]]:

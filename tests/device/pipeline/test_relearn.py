@@ -23,13 +23,13 @@ from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
 from agent.testing.process import wait_until
 from tests.kit.commands import call_outstation
+from tests.kit.learning_device import LearningDevice
 from tests.kit.marks import root_only
-from tests.kit.sites import LearningSite
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 
 
-class Site(LearningSite):
+class Site(LearningDevice):
     def ask(self, *arguments: str) -> tuple[int, Any]:
         return self.call("reference", *arguments)
 
@@ -41,11 +41,8 @@ class Site(LearningSite):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Return a site whose reference was learned from noise."""
     made = Site(tmp_path_factory.mktemp("site"))
-    store = made.open()
-    try:
+    with made.open() as store:
         work(made, store, 22)
-    finally:
-        store.close()
     return made
 
 
@@ -91,14 +88,11 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     assert (code, answer["taken_up"]) == (0, True)
     learning = {"windows": 0, "of": 20, "for_s": 840.0, "seconds": 0.0, "times": 4.0}
     assert site.ask("show", "exercise")[1]["learning"] == learning
-    store = site.open()
-    try:
+    with site.open() as store:
         [reset] = audits(store, "reference reset")
         before = audits(store, "learned")
         work(site, store, 24)
         after = audits(store, "learned")
-    finally:
-        store.close()
     assert reset["evidence"]["asked"] == "relearn"
     changes = before[-1]["evidence"]["smallest_changes"]["fields"]["ax"]
     assert set(changes) == {"shift", "shift_sd", "spread", "correlation", "stuck_rows", "never_stuck_at"}
@@ -114,8 +108,7 @@ def test_an_applied_request_with_a_remaining_file_does_nothing(site: Site) -> No
     """Simulate a crash between the commit and the deletion of the file."""
     request = relearn.make_request("reset")
     relearn.submit_request(site.conf.data_dir, "exercise", request)
-    store = site.open()
-    try:
+    with site.open() as store:
         work(site, store, 1)
         count = len(audits(store, "reference reset"))
         relearn.submit_request(site.conf.data_dir, "exercise", request)
@@ -123,8 +116,6 @@ def test_an_applied_request_with_a_remaining_file_does_nothing(site: Site) -> No
         assert len(audits(store, "reference reset")) == count
         assert relearn.pending_request(store, "exercise") is None
         work(site, store, 21)
-    finally:
-        store.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","action":"reset","more":1}'])
@@ -132,13 +123,10 @@ def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Sit
     relearn.submit_request(site.conf.data_dir, "exercise", relearn.make_request("reset"))
     file = site.conf.data_dir / "requests" / "exercise.reference.json"
     file.write_bytes(content)
-    store = site.open()
-    try:
+    with site.open() as store:
         before = len(audits(store, "reference reset"))
         work(site, store, 1)
         assert len(audits(store, "reference reset")) == before
-    finally:
-        store.close()
     assert not file.exists()
 
 

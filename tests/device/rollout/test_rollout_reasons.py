@@ -17,7 +17,7 @@ from agent.device.rollout import canary
 from agent.errors import StorageError
 from scripts.kit import rig
 from scripts.kit.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
-from tests.kit.exchanges import version
+from tests.kit.bundle_devices import version
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles, with_model
 
 BATCHES = 12

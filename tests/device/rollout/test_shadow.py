@@ -29,21 +29,21 @@ from agent.wire.desired_state import CanaryRules
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, Recipe, activated, around, model
 from tests.kit.devices import NOW
 from tests.kit.marks import crashing
-from tests.kit.pairs import Pair
+from tests.kit.shadow_devices import ShadowDevice
 from tests.kit.stations import wait_for
 
 CALM = np.clip(CLASSIFY.rows(400), -3, 3)
 
 
-Make = Callable[..., Pair]
+Make = Callable[..., ShadowDevice]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    made: list[Pair] = []
+    made: list[ShadowDevice] = []
 
-    def new(other: Bundle, recipe: Recipe = CLASSIFY, **options: Any) -> Pair:
-        made.append(Pair(tmp_path / str(len(made)), recipe, activated(recipe), other, **options))
+    def new(other: Bundle, recipe: Recipe = CLASSIFY, **options: Any) -> ShadowDevice:
+        made.append(ShadowDevice(tmp_path / str(len(made)), recipe, activated(recipe), other, **options))
         return made[-1]
 
     yield new
@@ -295,7 +295,7 @@ def test_another_tasks_batch_in_the_shared_process_costs_no_comparison(make: Mak
     wait_for(lambda: pair.model.poll(other) is not None, "it answered the other request")
 
 
-def _count_agreeing(pair: Pair, rows: np.ndarray) -> int:
+def _count_agreeing(pair: ShadowDevice, rows: np.ndarray) -> int:
     here = runtime.load_model(pair.other.manifest, pair.other.model_bytes).invoke(rows).argmax(axis=1)
     (result,) = [answers.scores.label for _, answers in pair.observed]
     assert result is not None
@@ -336,7 +336,7 @@ def test_a_message_waits_for_room_and_loses_nothing(make: Make, monkeypatch: pyt
 # --- labels ---
 
 
-def label(pair: Pair, rows: range, texts: list[str], source: str = "human", by: str = "eva") -> None:
+def label(pair: ShadowDevice, rows: range, texts: list[str], source: str = "human", by: str = "eva") -> None:
     with pair.device.store.transaction() as tx:
         for row, text in zip(rows, texts, strict=True):
             result = tx.labels.find_by_row("tiny", row)

@@ -30,9 +30,9 @@ from agent.performance.labels import Label
 from agent.wire.desired_state import CanaryRules, OutputLimits
 from agent.wire.messages import ShadowPayload
 from scripts.kit.bundles import REGRESS, activated
-from tests.kit import outputs
+from tests.kit import multi_output_device
 from tests.kit.devices import NOW, Device
-from tests.kit.pairs import Recorder
+from tests.kit.shadow_devices import Recorder
 
 
 def make_runner(device: Device, other: Bundle) -> ShadowRunner:
@@ -48,7 +48,7 @@ def make_runner(device: Device, other: Bundle) -> ShadowRunner:
 def submit(device: Device, runner: ShadowRunner, seed: int = 3, count: int = 400) -> None:
     observed: list[Any] = []
     device.task.batch_observer = Recorder(observed)
-    outputs.feed(device, seed, count)
+    multi_output_device.feed(device, seed, count)
     for batch, answers in observed:
         runner.submit_batch(device.store, batch, answers)
 

@@ -16,7 +16,7 @@ from agent.model.sandbox.confinement import ModelPolicy
 from agent.wire.desired_state import CanaryRules
 from scripts.kit.bundles import KEY, Recipe
 from scripts.kit.rigged import SHIPPED, build_rigged_bundle, write_bundle
-from tests.kit.pairs import Pair
+from tests.kit.shadow_devices import ShadowDevice
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
@@ -34,7 +34,7 @@ def recorded(windows: int) -> np.ndarray:
 
 @pytest.fixture
 def rule_states(tmp_path: Path) -> Iterator[RuleStates]:
-    made: list[Pair] = []
+    made: list[ShadowDevice] = []
 
     def compare(kind: str) -> dict[str, str]:
         """Return the state of each rule for this kind of bundle in shadow, over the recordings."""
@@ -42,7 +42,7 @@ def rule_states(tmp_path: Path) -> Iterator[RuleStates]:
         content = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
         active = activation.activate(SHIPPED, [], policy=ModelPolicy("off"))
         recipe = Recipe("classify", "", fields=tuple(content.manifest.input.fields))
-        pair = Pair(tmp_path / f"device {kind}", recipe, active, content, call_timeout_s=0.6)
+        pair = ShadowDevice(tmp_path / f"device {kind}", recipe, active, content, call_timeout_s=0.6)
         made.append(pair)
         # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
         for _ in range(ROUNDS):

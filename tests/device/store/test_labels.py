@@ -32,9 +32,8 @@ T0 = 1_764_000_000_000_000
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
+    with open_store(tmp_path) as opened:
+        yield opened
 
 
 def given_rows(

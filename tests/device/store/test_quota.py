@@ -108,13 +108,9 @@ class Mix:
 @settings(max_examples=12)
 @given(steps=STEPS)
 def test_database_log_index_and_reserve_never_exceed_the_quota(mib: int, steps: list[tuple[str, int]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mix = Mix(Path(folder), mib << 20)
-        try:
-            for operation, n in steps:
-                mix.step(operation, n)
-        finally:
-            mix.close()
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Mix(Path(folder), mib << 20)) as mix:
+        for operation, n in steps:
+            mix.step(operation, n)
 
 
 @pytest.mark.parametrize("mib", [1, 4])
@@ -166,8 +162,7 @@ def test_a_store_without_a_free_page_records_an_acknowledgement(tmp_path: Path, 
 
 
 def test_an_endless_reader_blocks_writers_and_the_quota_holds(tmp_path: Path) -> None:
-    mix = Mix(tmp_path, 1 << 20)
-    try:
+    with contextlib.closing(Mix(tmp_path, 1 << 20)) as mix:
         mix.device.write("health", 5)
         mix.pin(0)
         with pytest.raises(StorageFull, match="another program has been reading"):  # noqa: PT012
@@ -177,8 +172,6 @@ def test_an_endless_reader_blocks_writers_and_the_quota_holds(tmp_path: Path) ->
         mix.unpin(0)
         mix.device.write("health", 5)
         mix.weigh()
-    finally:
-        mix.close()
 
 
 def test_a_transaction_that_is_too_large_is_refused_before_it_is_written(tmp_path: Path) -> None:

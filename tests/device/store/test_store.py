@@ -430,9 +430,8 @@ def test_a_full_disk_is_reported_and_the_store_recovers(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    store = open_store(tmp_path_factory.mktemp("shelf"))
-    yield store
-    store.close()
+    with open_store(tmp_path_factory.mktemp("shelf")) as store:
+        yield store
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

@@ -202,7 +202,7 @@ def test_what_waited_too_long_is_given_up_declared_and_counted(folder: Path) -> 
         world.restart()
         world.air.tick_callbacks.clear()
         world.collector.leave()
-        with contextlib.closing(FleetStore(folder / "fleet.db")) as fleet:
+        with FleetStore(folder / "fleet.db") as fleet:
             fleet.enrol(DEVICE, world.key.public, replace=False, now=TIME)
             filters = [f"outstation/{FLEET}/+/{kind}" for kind in ("audit", "health", "alerts/+", "results/+")]
             link = world.air.connect(None, "collector", subscribe=filters, session_expiry_s=60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -15,13 +14,6 @@ from agent.fleet.dashboard.state.reader import DatabaseReader
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from tests.kit.dashboards import enrolled, health
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 250, "<b>"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 
 import msgspec
@@ -33,13 +33,6 @@ def statements() -> Iterator[tuple[str, str]]:
 
 
 STATEMENTS = dict(statements())
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize("name", STATEMENTS)

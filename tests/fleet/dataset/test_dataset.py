@@ -50,11 +50,8 @@ PREDICTED = {"l": "left", "r": "right", "-": "rest"}
 
 @contextlib.contextmanager
 def opened(home: Path) -> Iterator[FleetStore]:
-    store = FleetStore(fleet_config.load(home).fleet.db)
-    try:
+    with FleetStore(fleet_config.load(home).fleet.db) as store:
         yield store
-    finally:
-        store.close()
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,8 @@ from agent.wire.privacy import least_count
 from agent.wire.privacy.field_privacy import FieldPrivacy
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
 from tests.kit.devices import DEVICE, T0
-from tests.kit.pairs import Recorder
 from tests.kit.sampled_devices import LATER, SampledDevice
+from tests.kit.shadow_devices import Recorder
 
 CONSENT = SamplesConfig(consent="Mira Lang, 2026-11-28: exact readings", digits=EXACT_DIGITS, windows=3)
 WEATHER_STEP_US, TIME = 310_000, "2026-11-25T12:00:00.000000Z"

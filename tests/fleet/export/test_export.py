@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,6 @@ NOW = "2025-11-25T12:00:00.000000Z"
 MADE: dict[str, Any] = {"agent": "0.1.0", "runtime": "ai-edge-litert 2.3.0", "config": "sha256:01"}
 KEY = new_key(99)
 T = 1_764_022_680_000_000  # 2025-11-24T22:18:00Z
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def ingest(store: FleetStore, sender: MessageSender, *sent: SignedMessage, now: str = NOW) -> None:

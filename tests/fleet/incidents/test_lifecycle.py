@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,6 @@ from agent.testing.messages import MessageSender, SignedMessage
 
 NOW, LATER, DAY = "2026-11-24T22:20:00.000000Z", "2026-11-24T23:20:00.000000Z", "2026-11-25T22:20:00.000000Z"
 AX, AY = "exercise/ax/drift/1", "exercise/ay/drift/1"
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

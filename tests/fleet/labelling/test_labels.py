@@ -214,34 +214,25 @@ def anomalies(word: bool) -> list[Label]:
 
 
 def test_words_for_anomalies_are_labels_of_an_anomaly_model(tmp_path: Path) -> None:
-    store = numbers(tmp_path, sender=MessageSender(key=new_key(7), log=SENDER.log))
-    try:
+    with contextlib.closing(numbers(tmp_path, sender=MessageSender(key=new_key(7), log=SENDER.log))) as store:
         outcome = take(store, *anomalies(word=True))
         assert (outcome.accepted, outcome.rejected) == (60, {})
         assert [(item.metric, item.value) for item in outcome.metrics] == [("auc", 1.0)]
-    finally:
-        store.close()
 
 
 @pytest.mark.parametrize("word", [True, False])
 def test_an_anomaly_model_is_evaluated_at_its_declared_threshold(tmp_path: Path, word: bool) -> None:
     sender = MessageSender(key=new_key(7), log=SENDER.log)
-    store = numbers(tmp_path, activated(sender, "anomaly", threshold=3.95), sender=sender)
-    try:
+    with contextlib.closing(numbers(tmp_path, activated(sender, "anomaly", threshold=3.95), sender=sender)) as store:
         result = {item.metric: item.value for item in take(store, *anomalies(word)).metrics}
-    finally:
-        store.close()
     assert result == {"accuracy": pytest.approx(59 / 60, abs=1e-5), "auc": 1.0, "f1": pytest.approx(40 / 41, abs=1e-5)}
 
 
 def test_labels_of_a_model_that_gives_numbers_are_numbers(tmp_path: Path) -> None:
-    store = numbers(tmp_path, sender=MessageSender(key=new_key(7), log=SENDER.log))
-    try:
+    with contextlib.closing(numbers(tmp_path, sender=MessageSender(key=new_key(7), log=SENDER.log))) as store:
         outcome = take(store, *(Label(row, None, f"{row / 10 + 1}") for row in range(1, 61)), Label(1, None, "1e160"))
         assert set(outcome.rejected) == {60}
         assert {item.metric: item.value for item in outcome.metrics}["mae"] == pytest.approx(1.0)
-    finally:
-        store.close()
 
 
 def test_results_of_different_bundles_are_not_mixed(store: FleetStore) -> None:

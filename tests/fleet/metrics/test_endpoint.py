@@ -85,9 +85,8 @@ def test_a_dashboard_that_asks_for_a_sign_in_gives_metrics_to_the_token_only(tmp
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FleetStore]:
-    opened = FleetStore(tmp_path / "fleet.db")
-    yield opened
-    opened.close()
+    with FleetStore(tmp_path / "fleet.db") as opened:
+        yield opened
 
 
 def fetch(listener: MetricsListener, **headers: str) -> tuple[int, str]:

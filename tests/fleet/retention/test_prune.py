@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +35,6 @@ DAY_US = 86_400_000_000
 OLD, MIDDLE, NEW = (clock.parse_rfc3339(f"2026-{month:02}-01T00:00:00Z") for month in (1, 6, 11))
 KEY = new_key(99)
 QUARTER = Retention(messages=Duration(90 * 86400.0))
-
-
-@pytest.fixture
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    opened = fresh()
-    yield opened
-    opened.close()
 
 
 def ingest(store: FleetStore, sender: MessageSender, at_us: int, *sent: SignedMessage) -> list[str]:
@@ -376,7 +367,7 @@ def test_the_command_prunes_and_the_audit_says_what_went(tmp_path: Path) -> None
     home, now_us = tmp_path / FLEET, clock.read().wall_us
     config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
     sender = MessageSender()
-    with contextlib.closing(FleetStore(config.fleet.db)) as store:
+    with FleetStore(config.fleet.db) as store:
         ingest(store, sender, now_us - 40 * DAY_US, *everything(sender, "a"))
         ingest(store, sender, now_us, sender.health())
 

@@ -69,11 +69,8 @@ class Site:
 
     def status(self) -> Any:
         """Return the output of `status --json`."""
-        store = self.fleet.open_store()
-        try:
+        with self.fleet.open_store() as store:
             [document] = build_documents(store, "exercise-1-1")
-        finally:
-            store.close()
         return document
 
     def send(self, *sent: SignedMessage) -> None:

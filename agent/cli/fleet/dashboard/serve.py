@@ -160,12 +160,8 @@ def _require_accounts(location: str, policy: AccessPolicy) -> None:
 
     if policy.proxy_header:
         return
-    store = FleetStore(location, read_only=True)
-    try:
-        with store.snapshot() as db:
-            known = accounts.load_users(db)
-    finally:
-        store.close()
+    with FleetStore(location, read_only=True) as store, store.snapshot() as db:
+        known = accounts.load_users(db)
     if not any(user["has_password"] for user in known):
         raise UsageError("nobody could sign in: create an account first: outstation fleet user add NAME --role admin")
 

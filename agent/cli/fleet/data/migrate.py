@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +42,8 @@ def migrate(source_url: str | None, target_url: str, processes: int, home: Path,
     if not Path(location).exists():
         raise UsageError(f"{location}: no such database; name it with --from")
     with (
-        contextlib.closing(FleetStore(location)) as source,
-        contextlib.closing(FleetStore(target_location, partitions=config.fleet.partitions)) as target,
+        FleetStore(location) as source,
+        FleetStore(target_location, partitions=config.fleet.partitions) as target,
     ):
         with progress_bar("copying", source.count_messages()) as advance:
             rows = copying.copy(source, target, advance)

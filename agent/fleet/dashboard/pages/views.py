@@ -1,20 +1,16 @@
-"""Templates: every value is escaped, control and bidi characters become visible, times are relative with the exact one.
-
-Jinja escapes what is markup; `_show` runs before it and escapes what could reorder or hide text.
-"""
+"""Filters of the templates; times are relative with the exact one."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlencode
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from agent import clock
+from agent.render import templates
 from agent.text import format_interval, format_value, printable, printable_lines
 
 _FOLDER = Path(__file__).parents[1]
@@ -23,11 +19,8 @@ _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _MAX_TEXT = 2000
 
 
-def create_environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_show,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+def create_environment() -> templates.Environment:
+    environment = templates.create_environment(_TEMPLATES, _MAX_TEXT)
     environment.filters.update(
         when=format_time, count=format_count, size=format_size, value=format_value, short=shorten, path=quote_path,
         interval=lambda metric: format_interval(metric["low"], metric["high"]), label=state_label, share=format_share,
@@ -37,13 +30,6 @@ def create_environment() -> Environment:
     environment.globals["static"] = static_url
     environment.globals["verified"] = verified_link
     return environment
-
-
-def _show(value: Any) -> Any:
-    if isinstance(value, str) and not isinstance(value, Markup):
-        text = printable_lines(value)
-        return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
-    return "" if value is None else value
 
 
 def static_url(name: str) -> str:

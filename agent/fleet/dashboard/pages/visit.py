@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
-from jinja2 import Environment
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -23,6 +22,7 @@ from agent.fleet.dashboard.state.feed import ChangeFeed
 from agent.fleet.dashboard.state.fleet_state import FleetState
 from agent.fleet.dashboard.state.reader import DatabaseReader
 from agent.fleet.database.store import FleetStore
+from agent.render.templates import Environment
 
 Page = Callable[["Visit"], Awaitable[Response]]
 # Renders the drift plot of (store, device, task, since, dark) as SVG. It needs bundles, which another layer reads.

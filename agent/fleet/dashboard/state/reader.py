@@ -113,11 +113,8 @@ class DatabaseReader:
         return store
 
     def _write(self, function: Callable[[FleetStore], T]) -> T:
-        store = FleetStore(self.location)
-        try:
+        with FleetStore(self.location) as store:
             return function(store)
-        finally:
-            store.close()
 
 
 def _in_snapshot(store: FleetStore, function: Callable[[Connection], T]) -> T:

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from agent import __version__
@@ -24,7 +23,7 @@ from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page import charts, deployments, formats, monitoring, statements
 from agent.performance.metrics import display_name
 from agent.render import html
-from agent.render.svg import html_text
+from agent.render.templates import Environment, create_environment
 from agent.text import format_interval, format_value
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -38,10 +37,7 @@ _CONTENTS = {
 
 @cache
 def _load_environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_show,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = create_environment(_TEMPLATES)
     environment.filters.update(
         number=lambda n: f"{n:,}", counted=formats.format_count, names=formats.format_names,
         time=formats.format_time, duration=formats.format_duration, interval=lambda m: format_interval(m.low, m.high),
@@ -52,11 +48,6 @@ def _load_environment() -> Environment:
         comparison=deployments.format_comparison, role_label=_role_label,
     )  # fmt: skip
     return environment
-
-
-def _show(value: Any) -> Markup:
-    """Escape markup and make control and bidi characters visible."""
-    return value if isinstance(value, Markup) else Markup(html_text(str(value)))
 
 
 def _role_label(file: str) -> str:

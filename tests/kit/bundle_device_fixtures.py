@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.exchanges import Device, versions
+from tests.kit.bundle_devices import Device, versions
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def exchange_device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
+def bundle_device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
     made = Device(tmp_path, bundles)
     yield made
     made.store.close()

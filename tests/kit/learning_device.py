@@ -19,7 +19,7 @@ learn_windows = 20
 """
 
 
-class LearningSite:
+class LearningDevice:
     """Device `pi-07` in `folder`; its task `exercise` learns from 20 drift windows of stream `watch`."""
 
     def __init__(self, folder: Path) -> None:

@@ -20,7 +20,7 @@ from tests.kit.devices import NOW, Device
 from tests.kit.stations import wait_for
 
 
-class Pair:
+class ShadowDevice:
     """A device whose task runs `active`, with `other` as the shadow in its own process."""
 
     def __init__(self, folder: Path, recipe: Recipe, active: LoadedBundle, other: Bundle, **options: Any) -> None:
