@@ -113,7 +113,7 @@ def boot_id() -> str:
     if _simulated is not None:
         return _simulated[1]()
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

@@ -34,22 +34,25 @@ _REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.ELOOP: "this link leads back to itself",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ECONNREFUSED: "nothing listens there: start the server, or correct the address",
+    errno.ECONNREFUSED: "nothing listens there: start the {}, or correct the address",
     errno.ENETUNREACH: "check this machine's network",
     errno.EHOSTUNREACH: "check this machine's network, and that the other machine is on",
     errno.ETIMEDOUT: "check the address, and that a firewall lets this port through",
 }
 
 
-def explain(error: OSError) -> str:
-    """Return what the system says and what to do about it; the caller names the file or address."""
+def explain(error: OSError, server: str = "broker") -> str:
+    """Return what the system says and what to do about it; the caller names the file or address.
+
+    `server`: what should listen at an address.
+    """
     text = error.strerror or str(error)
     if isinstance(error, TimeoutError):
         # That of a file is about a pipe, whose reason says it all.
         return text if error.filename else f"no answer in time; {_REMEDIES[errno.ETIMEDOUT]}"
     if type(error).__name__ == "gaierror":
         return f"{text}; check the name of the machine, and this machine's DNS"
-    remedy = _REMEDIES.get(error.errno or 0)
+    remedy = _REMEDIES.get(error.errno or 0, "").format(server)
     return f"{text}; {remedy}" if remedy else text
 
 

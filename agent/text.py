@@ -7,8 +7,9 @@ from datetime import datetime, timedelta
 
 # A spreadsheet runs a cell that begins with one of these.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+# Compiled at first use, as few starts need them.
+_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+_NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?"
 
 
 def printable(text: str) -> str:
@@ -42,13 +43,13 @@ def _json_escape(char: str) -> str:
 
 def csv_text(text: str) -> str:
     """Return a text cell that no spreadsheet runs as a formula, on one line."""
-    runs = text.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(text)
+    runs = text.startswith(_FORMULA_STARTS) and not re.fullmatch(_NUMBER, text)
     return printable(f"'{text}" if runs else text)
 
 
 def require_one_line(kind: str, text: str) -> None:
     """Raise ValueError if the text has a line break or another control character."""
-    if _CONTROL.search(text):
+    if re.search(_CONTROL, text):
         raise ValueError(f"{kind} {text!r} has a line break or another control character; rename it")
 
 

@@ -375,7 +375,7 @@ def _train_error(
 ) -> ErrorReference | None:
     """Return the error to expect of `values` (w,) of output `name` from held-out data, or None with a warning."""
     prefix = f"{name}: " if name else ""
-    rows, spec = learning.infinities_to_nan(run.data.features), job.draft.input
+    rows, spec = window_statistics.infinities_to_nan(run.data.features), job.draft.input
     statistics = window_statistics.compute_statistics(rows, run.starts, spec.rows, reference.floor).values
     errors = run.data.window_labels(run.starts, spec.rows) - values
     try:

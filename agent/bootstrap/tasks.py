@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent import config, media
 from agent.config import Config
@@ -15,7 +16,6 @@ from agent.device.bundles.quarantine import CrashMarker
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.drift_state import RestoredDrift
-from agent.device.pipeline.joined_streams import JoinedStream
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import transitions
 from agent.device.rules import compiler
@@ -35,6 +35,9 @@ from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.toml_files import did_you_mean
 from agent.wire import keys
 from agent.wire.keys import PublicKey
+
+if TYPE_CHECKING:
+    from agent.device.pipeline.joined_streams import JoinedStream
 
 # Signature of `activation.activate`; a simulation shares the models of many devices.
 Activate = Callable[..., LoadedBundle]
@@ -178,6 +181,10 @@ def check_fields(file: Path, conf: Config, name: str, loaded_bundle: Bundle) -> 
 
 def _select_joined_streams(conf: Config, name: str, manifest: Manifest) -> dict[str, JoinedStream]:
     """Return the stream of each further input; without one in the config it is the task's own."""
+    if not manifest.joined:
+        return {}
+    from agent.device.pipeline.joined_streams import JoinedStream
+
     task = conf.tasks[name]
     own = config.JoinedStreamConfig(stream=task.stream)
     chosen = {joined: task.inputs.get(joined, own) for joined in manifest.joined}

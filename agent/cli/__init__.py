@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import os
 import sys
@@ -45,15 +44,18 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 def _run(words: list[str]) -> int:
     """Run the command and return its exit code. A process for its model starts before anything else is imported."""
-    with contextlib.ExitStack() as stack:
-        if words and words[0] in _RUN_MODELS:
-            from agent.cli import spare
+    if words and words[0] in _RUN_MODELS:
+        from agent.cli import direct, spare
 
-            stack.enter_context(spare.prepared(words[1:]))
-        from agent.cli.commands import cli
+        parameters = direct.parse(words)
+        if parameters is not None:
+            with spare.prepared(parameters["config_file"]):
+                direct.run(words[0], parameters)
+            return 0
+    from agent.cli.commands import cli
 
-        code = cli.main(words, prog_name="outstation", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+    code = cli.main(words, prog_name="outstation", standalone_mode=False)
+    return code if isinstance(code, int) else 0
 
 
 def _open_missing_streams() -> None:

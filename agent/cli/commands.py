@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from agent import __version__
+from agent.cli.direct import import_command
 from agent.errors import OutstationError, StorageMoved, UsageError, explain
 from agent.text import is_unicode, printable
 
@@ -22,8 +21,8 @@ _COMMANDS = {
     "join": ("agent.cli.joining.join:join", "Join a fleet with the operator's answer; data and streams stay."),
     "check": ("agent.cli.device.check:check", "Check config, keys, bundles, storage, clock and broker."),
     "doctor": ("agent.cli.doctor.doctor:doctor", "Mend what is wrong; flash wear, power, an archive for support."),
-    "run": ("agent.cli.device.run:run", "Run the daemon in the foreground."),
-    "batch": ("agent.cli.device.batch:batch", "Process the backlog of tasks once, and stop."),
+    "run": ("agent.cli.device.processing:run", "Run the daemon in the foreground."),
+    "batch": ("agent.cli.device.processing:batch", "Process the backlog of tasks once, and stop."),
     "ingest": ("agent.cli.device.ingest:ingest", "Add readings from CSV, JSON Lines or Parquet."),
     "client": ("agent.cli.device.client:client", "Print the Python client as one file for other programs."),
     "label": ("agent.cli.device.labelling.label:label", "Add ground-truth labels to results."),
@@ -40,7 +39,7 @@ _COMMANDS = {
     "head": ("agent.cli.device.head:head", "Sign the end of the message log for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),
     "drift": ("agent.cli.device.drift:drift", "Show drift of a task's readings from its site's reference."),
-    "notify": ("agent.cli.device_notify:notify", "Test the targets of notifications, and show what waits."),
+    "notify": ("agent.cli.device.notify:notify", "Test the targets of notifications, and show what waits."),
     "model": ("agent.cli.model.group:model", "Make, sign, check, evaluate and run bundles."),
     "reference": ("agent.cli.device.reference:reference", "Show, relearn or accept the site reference of a task."),
     "fleet": ("agent.cli.fleet.group:fleet", "Run the fleet's side: enrol, collect, watch, command, audit."),
@@ -61,12 +60,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module, _, name = _COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
-        if not gc.isenabled():
-            # Modules stay until the end: the first collection need not look through all that they hold.
-            gc.freeze()
-            gc.enable()
+        command: click.Command = import_command(_COMMANDS[cmd_name][0])
         return command
 
     def resolve_command(
@@ -91,8 +85,7 @@ def _suggest_command(word: str) -> str:
     if close := difflib.get_close_matches(word, _COMMANDS, 1):
         return f"; did you mean {close[0]!r}?"
     for group in ("fleet", "model"):
-        module, _, name = _COMMANDS[group][0].partition(":")
-        inner = getattr(importlib.import_module(module), name).list_commands(click.Context(cli))
+        inner = import_command(_COMMANDS[group][0]).list_commands(click.Context(cli))
         if close := difflib.get_close_matches(word, inner, 1):
             return f"; did you mean `outstation {group} {close[0]}`?"
     return ""
@@ -141,7 +134,7 @@ def _describe_misuse(error: click.ClickException) -> str:
         text = text.replace(before, after)
     help_hint = "" if "did you mean" in text else f"; `{command} --help` shows its use"
     if isinstance(error, click.NoSuchOption) and context and isinstance(context.command, click.Group):
-        help_hint = "; options follow the command, such as `outstation status --json`"
+        help_hint = f"; options follow the command: `{command} COMMAND {error.option_name}`"
     where = command.removeprefix("outstation").strip()
     return f"{where}: {text}{help_hint}" if where else f"{text}{help_hint}"
 

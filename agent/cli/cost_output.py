@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from agent.cli import plot_file
-from agent.cli.output import PATH, echo, print_table, require_plot_format
+from agent.cli.options import PATH
+from agent.cli.output import echo, print_table, require_plot_format
 from agent.costs.estimate import compare
 from agent.costs.prices import PriceList, shipped_text
 from agent.costs.usage import Usage

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.options import json_option
+from agent.cli.output import echo, emit, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 
 if TYPE_CHECKING:

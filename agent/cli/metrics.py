@@ -8,7 +8,8 @@ import click
 
 from agent import clock, durable_files
 from agent.bootstrap import device
-from agent.cli.output import config_option, echo
+from agent.cli.options import config_option
+from agent.cli.output import echo
 from agent.device import metrics as device_metrics
 from agent.device import status as documents
 

@@ -1,63 +1,51 @@
-"""Output of commands: one JSON document, or text for people; shared options."""
+"""Output of commands: one JSON document, or text for people.
+
+A file or pipe gets it without click, whose import takes some 10 ms.
+"""
 
 from __future__ import annotations
 
 import errno
-import getpass
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import click
 import msgspec
 
 from agent.errors import UsageError, explain
 from agent.text import pluralize, printable, printable_json, printable_lines
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 _MAX_SHOWN = 20
 _MIN_WIDTH, _MIN_SENTENCE = 40, 32
-PATH = click.Path(path_type=Path)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-config_option = click.option(
-    "-c",
-    "--config",
-    "config_file",
-    metavar="FILE",
-    help="Config file; default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml.",
-)
-
-
-def config_options(command: Command) -> Command:
-    """Add `--config` and `--json`."""
-    return config_option(json_option(command))
-
-
-def _default_author() -> str:
-    """Return the user's name, in the letters that names of authors have."""
-    return re.sub(r"[^a-z0-9._-]", "-", getpass.getuser().lower()).lstrip("._-")[:64] or "operator"
-
-
-by_option = click.option(
-    "--by", metavar="NAME", default=_default_author, help="Name to record; default: your user name."
-)
-note_option = click.option("--note", metavar="TEXT", default="", help="Reason to record.")
-plot_option = click.option("--plot", metavar="FILE", type=PATH, help="Write a plot, .svg or .png.")
-dark_option = click.option("--dark", is_flag=True, help="With --plot: dark theme.")
+_STYLE = r"\033\[[;?0-9]*[a-zA-Z]"
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
     """Print text, whoever wrote it: control and bidi characters are escaped."""
-    click.echo(printable_lines(text), nl=nl, err=err)
+    _write(printable_lines(text), nl=nl, err=err)
 
 
 def echo_styled(text: str) -> None:
     """Print text with colours, of which the caller has made the foreign parts `printable`."""
+    import click
+
     click.echo(text)
+
+
+def _write(text: str, *, nl: bool = True, err: bool = False) -> None:
+    stream = sys.stderr if err else sys.stdout
+    # Click shows terminals, and replaces what another encoding lacks.
+    if stream.encoding == "utf-8" and not stream.isatty():
+        stream.write(f"{text}\n" if nl else text)
+        stream.flush()
+    else:
+        import click
+
+        click.echo(text, nl=nl, err=err)
 
 
 def echo_wrapped(text: str, indent: int = 0, *, in_terminal_only: bool = False) -> None:
@@ -83,7 +71,7 @@ def _wrap(text: str, width: int, indent: int) -> Iterator[str]:
     """Yield lines of at most `width` columns, but for longer words."""
     line = ""
     for word in re.findall(" *[^ ]+", text):
-        if line and len(click.unstyle(line + word)) > width:
+        if line and len(re.sub(_STYLE, "", line + word)) > width:
             yield line
             line = " " * indent + word.lstrip(" ")
         else:
@@ -94,7 +82,7 @@ def _wrap(text: str, width: int, indent: int) -> Iterator[str]:
 def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
     """Print the document as JSON, or call `print_human`."""
     if as_json:
-        click.echo(printable_json(_encode(document)))
+        _write(printable_json(_encode(document)))
     else:
         print_human()
 
@@ -128,7 +116,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
         else:
             lines = [*_wrap("  ".join(parts).rstrip(), width, place)]
         for text in lines:
-            echo_styled(click.style(text, bold=True) if number == 0 else text)
+            _write(f"\033[1m{text}\033[0m" if number == 0 and sys.stdout.isatty() else text)
 
 
 # Part of a reason → what to do about such lines.
@@ -181,8 +169,3 @@ def require_plot_format(file: Path | None) -> None:
 
 
 NOT_CLEAN = "the labelled data are not known to be clean (--require-clean)"
-require_clean_option = click.option(
-    "--require-clean",
-    is_flag=True,
-    help="Exit code 1 if the check for poisoning has a finding, or too few labels to run.",
-)

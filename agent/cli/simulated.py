@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from agent.cli.output import PATH, echo, echo_styled
+from agent.cli.options import PATH
+from agent.cli.output import echo, echo_styled
 from agent.errors import UsageError
 from agent.text import pluralize
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,26 @@ from agent import input_files
 from agent.bootstrap.owner import become_owner, is_of_another_user
 from agent.model.sandbox import launch
 
-_FLAGS = {"--json", "-v", "--verbose"}
-
 
 @contextlib.contextmanager
-def prepared(args: Sequence[str]) -> Iterator[None]:
+def prepared(config_file: str | None) -> Iterator[None]:
     """Start the process of a command's first model, with the rights of the device's owner; end it if none needed it.
 
-    `args` are those behind the command's name. None is started if the device has no task, or runs models in the daemon.
-    Raises UsageError, but not for a wrong option or config: the command reports that.
+    None is started if the device has no task, or runs models in the daemon. Raises UsageError, but not for a wrong
+    config: the command reports that.
     """
-    try:
-        option = _find_option(args)
-    except ValueError:
-        yield
-        return
     try:
         # Before the config is read, which may hold a password: the fork has a copy of all memory.
         launch.fork_spare()
-        _prepare(option)
+        _prepare(config_file)
         yield
     finally:
         launch.discard_spare()
 
 
-def _prepare(option: str | None) -> None:
+def _prepare(config_file: str | None) -> None:
     """Have one spare process, with the rights of the device's owner, if the config needs one. Raises UsageError."""
-    path, document = _read_config(option)
+    path, document = _read_config(config_file)
     device, models = document.get("device"), document.get("models", {})
     if isinstance(device, dict) and isinstance(models, dict) and document.get("tasks"):
         data_dir = device.get("data_dir", input_files.DATA_DIR)
@@ -56,28 +49,11 @@ def _prepare(option: str | None) -> None:
     launch.discard_spare()
 
 
-def _read_config(option: str | None) -> tuple[Path, dict[str, Any]]:
-    """Return path and content of the config that `option` names; no content if it cannot be read."""
+def _read_config(config_file: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return path and content of the config that `config_file` names; no content if it cannot be read."""
     path = Path()
     try:
-        path = input_files.find_config(option)
+        path = input_files.find_config(config_file)
         return path, tomllib.loads(input_files.read_text(path))
     except (OSError, ValueError, RecursionError):
         return path, {}
-
-
-def _find_option(args: Sequence[str]) -> str | None:
-    """Return what `--config` names, the last one as for the command itself. Raises ValueError for unknown options."""
-    named, rest = None, iter(args)
-    for word in rest:
-        if word == "--":
-            break
-        if word in ("-c", "--config"):
-            named = next(rest, "")
-        elif word.startswith("--config="):
-            named = word.partition("=")[2]
-        elif word.startswith("-c"):
-            named = word[2:]
-        elif word.startswith("-") and word not in _FLAGS:
-            raise ValueError(word)
-    return named

@@ -23,9 +23,9 @@ MAX_DURATION_S = 366 * 86_400.0
 MAX_WINDOWS = 1000
 PLACEHOLDERS = ("device", "task", "label", "score", "value", "time")
 _CONDITIONS = ("label", "labels", "score", "value", "anomaly", "unchanged")
-_COMPARISON = re.compile(r"\s*(>=|<=|>|<)\s*([+-]?\d{1,15}(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?)\s*")
-_SHARE = re.compile(r"\s*(\d{1,6})\s+of\s+(\d{1,6})\s*")
-_WINDOWS = re.compile(r"\s*(\d{1,6})\s+windows\s*")
+_COMPARISON = r"\s*(>=|<=|>|<)\s*([+-]?\d{1,15}(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?)\s*"
+_SHARE = r"\s*(\d{1,6})\s+of\s+(\d{1,6})\s*"
+_WINDOWS = r"\s*(\d{1,6})\s+windows\s*"
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -148,7 +148,7 @@ class AlertRuleConfig(Section, frozen=True, rename={"for_": "for"}):
 
 def parse_comparison(text: str) -> Comparison:
     """Parse `">= 0.9"`. Raises ValueError."""
-    match = _COMPARISON.fullmatch(text)
+    match = re.fullmatch(_COMPARISON, text)
     if match is None:
         raise ValueError(f'{text!r} is no comparison; write one of >, >=, < and <= and a number, such as ">= 0.9"')
     return Comparison(match[1], float(match[2]))
@@ -156,7 +156,7 @@ def parse_comparison(text: str) -> Comparison:
 
 def parse_for(text: str) -> Confirmation:
     """Parse `"3 of 5"` or a duration. Raises ValueError."""
-    if match := _SHARE.fullmatch(text):
+    if match := re.fullmatch(_SHARE, text):
         needed, window_count = int(match[1]), int(match[2])
         if not 1 <= window_count <= MAX_WINDOWS:
             raise ValueError(f"{text!r}: the second number must be from 1 to {MAX_WINDOWS}")
@@ -170,7 +170,7 @@ def parse_for(text: str) -> Confirmation:
 
 def parse_unchanged(text: str) -> Confirmation:
     """Parse `"2 h"` or `"100 windows"`: so many equal results are one fewer repetitions. Raises ValueError."""
-    if match := _WINDOWS.fullmatch(text):
+    if match := re.fullmatch(_WINDOWS, text):
         if not 2 <= int(match[1]) <= MAX_WINDOWS:
             raise ValueError(f"{text!r} must be from 2 to {MAX_WINDOWS} windows")
         return Confirmation(int(match[1]) - 1, int(match[1]) - 1)

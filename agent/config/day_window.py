@@ -9,7 +9,7 @@ from agent.clock import ClockReading
 
 DAY_S = 86_400.0
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
-_PATTERN = re.compile(rf"{_TIME}-{_TIME}", re.ASCII)
+_PATTERN = rf"{_TIME}-{_TIME}"
 # In the year 9999: a broken clock may show a later time.
 _MAX_TIME_S = 253_402_000_000.0
 
@@ -23,7 +23,7 @@ class DayWindow(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, text: str) -> "DayWindow":
         """Parse `"01:00-05:00"`. Raises ValueError."""
-        match = _PATTERN.fullmatch(text)
+        match = re.fullmatch(_PATTERN, text, re.ASCII)
         window = match and cls(int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4]))
         if not window or window.begin == window.end:
             raise ValueError(f'{text!r} is not a time range like "01:00-05:00"')

@@ -23,9 +23,9 @@ DATABASE = "notify.db"
 MAX_TARGETS = 16
 MIN_REMINDER_S = 300.0
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-_ADDRESS = re.compile(r"[^\s@<>,;:\"()\[\]\\]{1,64}@[A-Za-z0-9.-]{1,255}")
-_TIME = re.compile(r"\d\d:\d\d")
-_SPAN = re.compile(r"(\d\d:\d\d)-(\d\d:\d\d)")
+_ADDRESS = r"[^\s@<>,;:\"()\[\]\\]{1,64}@[A-Za-z0-9.-]{1,255}"
+_TIME = r"\d\d:\d\d"
+_SPAN = r"(\d\d:\d\d)-(\d\d:\d\d)"
 
 Names = Annotated[list[str], msgspec.Meta(max_length=64)]
 
@@ -104,7 +104,7 @@ class EmailTarget(Section, frozen=True, tag_field="kind", tag="email"):
     def check(self, file: str, key: str) -> None:
         for name, addresses in (("from", [self.sender]), ("to", self.to)):
             for address in addresses:
-                if not _ADDRESS.fullmatch(address):
+                if not re.fullmatch(_ADDRESS, address):
                     raise ConfigError(file, f"{key}.{name}", f"{address!r} is not an address like eva@example.org")
         if not re.fullmatch(r"[A-Za-z0-9.:-]{1,255}", self.host):
             raise ConfigError(file, f"{key}.host", f"{self.host!r} is not the name of a host")
@@ -253,7 +253,7 @@ class NotifyConfig(Section, frozen=True):
     @property
     def quiet_span(self) -> tuple[time, time] | None:
         """Beginning and end of the quiet hours, which may be on the next day."""
-        match = _SPAN.fullmatch(self.quiet_hours) if self.quiet_hours else None
+        match = re.fullmatch(_SPAN, self.quiet_hours) if self.quiet_hours else None
         return None if match is None else (time.fromisoformat(match[1]), time.fromisoformat(match[2]))
 
     def effective_routes(self) -> list[NotifyRoute]:
@@ -301,7 +301,7 @@ def _check_times(file: str, config: NotifyConfig) -> None:
         if text is None:
             continue
         try:
-            if not pattern.fullmatch(text):
+            if not re.fullmatch(pattern, text):
                 raise ValueError
             spans = [time.fromisoformat(part) for part in text.split("-")]
         except ValueError:

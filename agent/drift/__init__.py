@@ -11,9 +11,8 @@
 A *drift window* holds several *model windows*; for a model that answers each row, a model window has one row.
 """
 
-from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.reference import Reference
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState, DriftWindowResult
 
-__all__ = ["DriftMonitor", "DriftState", "DriftWindowResult", "Reference", "build_reference"]
+__all__ = ["DriftMonitor", "DriftState", "DriftWindowResult", "Reference"]

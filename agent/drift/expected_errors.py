@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from agent.arrays import Float32s, Float64s, Ints
-from agent.drift.baseline import learning, window_statistics
+from agent.drift.baseline import window_statistics
 from agent.drift.baseline.reference import Reference
 
 
@@ -22,7 +22,7 @@ def expect_errors(
     known = {name: error for name, error in reference.error_references.items() if name in answers}
     if not known:
         return {}
-    finite = learning.infinities_to_nan(rows)
+    finite = window_statistics.infinities_to_nan(rows)
     statistics = window_statistics.compute_statistics(finite, starts, reference.window_rows, reference.floor).values
     return {
         name: np.where(np.isfinite(answers[name]), error.bin_error[error.find_bins(statistics, answers[name])], np.nan)

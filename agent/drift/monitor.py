@@ -27,7 +27,6 @@ from agent.arrays import Float32s, Float64s, Ints, any_true
 from agent.drift import batches, succession
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline import deviation
-from agent.drift.baseline.learning import calibrate_reference, compute_residuals
 from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
@@ -415,6 +414,9 @@ class DriftMonitor:
         # A reference that may need more windows is calibrated again after each quarter of the windows.
         if not self._has_learned(state, learning) or not (first or more % max(1, self.learn_windows // 4) == 0):
             return gathered, None, None
+        # Imported here, as at most starts nothing is learned.
+        from agent.drift.baseline.learning import calibrate_reference, compute_residuals
+
         fresh, shipped = replace(state, learning=self._empty_learning), replace(self.shipped, window=self.window)
         number = state.learned_count + 1
         try:

@@ -21,9 +21,10 @@ from agent.transport.packets import NO_SUBSCRIBERS, BrokerLink, IncomingMessage,
 from agent.transport.sealing import Opener
 from agent.wire import jws, topics
 from agent.wire.commands import COMMANDS, check_args
-from agent.wire.jws import Signer
+from agent.wire.jws import Signer, encode
 from agent.wire.keys import SigningKey, encryption_key_of
-from agent.wire.messages import ReplyPayload, cloudevent_properties, encode
+from agent.wire.messages import ReplyPayload
+from agent.wire.topics import cloudevent_properties
 from agent.wire.verification import verify_message
 
 VALID_S = 600

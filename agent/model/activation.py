@@ -21,7 +21,7 @@ from agent.model.inference import scores
 from agent.model.inference.inference import Inference, RunnableModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import Tuning, find_known
-from agent.model.sandbox import launch, probe
+from agent.model.sandbox import launch
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.keys import PublicKey
@@ -72,6 +72,8 @@ def probe_bundle(
     passed = f"{verified.digest} {__version__}"
     tuning = find_known(known_tunings, verified.model_bytes, runtime_name(), verified.manifest.tensors)
     if tuning is None or tuning.verified_for != passed:
+        from agent.model.sandbox import probe
+
         report = probe.probe(verified, known_tunings, policy)
         report.raise_for_failure()
         tuning = None if report.tuning is None else replace(report.tuning, verified_for=passed)
@@ -123,6 +125,8 @@ def open_for_files(bundle: Bundle, view: Bundle | None = None) -> Inference:
     `view` is the bundle as it is run, where that is one of its further outputs alone.
     """
     shown = view or bundle
+    from agent.model.sandbox import probe
+
     # It imports the runtime while the probe runs.
     launch.prepare_spare()
     try:

@@ -77,7 +77,7 @@ class SendFailed(OutstationError):
 def describe(error: Exception) -> str:
     """Return what went wrong on the way to a server, and what to do about it if it is known."""
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError | smtplib.SMTPException):
-        return shorten(explain(error), 200)
+        return shorten(explain(error, "server"), 200)
     return shorten(str(error) or type(error).__name__, 200)
 
 

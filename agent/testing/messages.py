@@ -14,9 +14,9 @@ from agent.device.pipeline.columns import encode_labels, encode_runs, encode_tim
 from agent.model.inference.scores import Labels
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
+from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
 from agent.wire.log_chain import digest
-from agent.wire.messages import encode
 from agent.wire.verification import VerifiedMessage, verify_message
 
 FLEET = "acme"

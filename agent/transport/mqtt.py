@@ -39,7 +39,7 @@ from agent.transport.packets import (
     PublishReceipt,
     decompress,
 )
-from agent.wire.messages import MAX_PAYLOAD
+from agent.wire.jws import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
 KEEP_ALIVE_S = 60

@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 from msgspec.structs import replace
 
-from agent.wire.messages import MAX_PAYLOAD
+from agent.wire.jws import MAX_PAYLOAD
 
 # Content types of a PUBLISH (gzip: RFC 6713; sealed: see `agent.transport.sealing`).
 JSON, GZIP, SEALED = "application/json", "application/gzip", "application/vnd.outstation.sealed"

@@ -1,4 +1,4 @@
-"""Message signatures: detached JWS (RFC 7515 appendix F, RFC 7797) with Ed25519, bound to one topic.
+"""Payloads and their signatures: detached JWS (RFC 7515 appendix F, RFC 7797) with Ed25519, bound to one topic.
 
 Rules of `verify`, in order, all before the payload is parsed:
 - exactly one token, three parts, the middle one empty
@@ -11,9 +11,10 @@ Rules of `verify`, in order, all before the payload is parsed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -24,6 +25,17 @@ from agent.strict_json import check_strict_json
 from agent.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode
 
 MAX_TOKEN = 2048
+MAX_PAYLOAD = 1 << 20
+
+
+def encode(members: Mapping[str, Any]) -> bytes:
+    """Return the payload bytes of `members`, in their order."""
+    return msgspec.json.encode(members)
+
+
+def digest(payload: bytes) -> str:
+    """Return the SHA-256 of a payload, base64url; a log is chained by `log_chain.digest`."""
+    return b64url_encode(hashlib.sha256(payload).digest())
 
 
 class JwsHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -39,15 +38,11 @@ def b64url_decode(text: str) -> bytes:
     return data
 
 
-@dataclass(frozen=True, eq=False)
 class PublicKey:
     """A verifying key; `raw` is its 32 bytes."""
 
-    raw: bytes
-    _key: Ed25519PublicKey = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_key", Ed25519PublicKey.from_public_bytes(self.raw))
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self._key = raw, Ed25519PublicKey.from_public_bytes(raw)
 
     def verify(self, signature: bytes, data: bytes) -> None:
         """Verify a signature. Raises cryptography's InvalidSignature."""
@@ -69,15 +64,11 @@ class PublicKey:
         return {"kty": "OKP", "crv": "Ed25519", "x": self.text, "kid": self.kid, "alg": "EdDSA"}
 
 
-@dataclass(frozen=True, eq=False)
 class EncryptionKey:
     """A public X25519 key, to which payloads are sealed; `raw` is its 32 bytes."""
 
-    raw: bytes
-    public: X25519PublicKey = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "public", X25519PublicKey.from_public_bytes(self.raw))
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.public = raw, X25519PublicKey.from_public_bytes(raw)
 
     @cached_property
     def text(self) -> str:
@@ -94,15 +85,11 @@ class EncryptionKey:
         return hashlib.sha256(f'{{"crv":"X25519","kty":"OKP","x":"{self.text}"}}'.encode()).digest()
 
 
-@dataclass(frozen=True, eq=False)
 class SigningKey:
     """A private key with its public half."""
 
-    private: Ed25519PrivateKey = field(repr=False)
-    public: PublicKey = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "public", PublicKey(self.private.public_key().public_bytes_raw()))
+    def __init__(self, private: Ed25519PrivateKey) -> None:
+        self.private, self.public = private, PublicKey(private.public_key().public_bytes_raw())
 
     @property
     def pem(self) -> bytes:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from agent import clock
 from agent.costs.usage import Usage
-from agent.wire import runs, topics
+from agent.wire import runs
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
-from agent.wire.keys import b64url_encode, parse_encryption_key
+from agent.wire.jws import MAX_PAYLOAD
+from agent.wire.keys import parse_encryption_key
 from agent.wire.runs import Magnitude, QuietWindows
 from agent.wire.runs import ResultColumns as ResultColumns
 from agent.wire.times import Rfc3339
 
-MAX_PAYLOAD = 1 << 20
 # Further outputs in a `shadow` message.
 MAX_OUTPUTS = 32
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
@@ -439,24 +437,3 @@ Body = (
     | CommandPayload
     | DesiredPayload
 )
-
-
-def encode(members: Mapping[str, Any]) -> bytes:
-    """Return the payload bytes of `members`, in their order."""
-    return msgspec.json.encode(members)
-
-
-def digest(payload: bytes) -> str:
-    """Return the SHA-256 of a payload, base64url; a log is chained by `log_chain.digest`."""
-    return b64url_encode(hashlib.sha256(payload).digest())
-
-
-def cloudevent_properties(topic: topics.Topic, event_id: str, time: str) -> tuple[tuple[str, str], ...]:
-    """Return the CloudEvents 1.0 attributes of binary mode, as MQTT user properties."""
-    return (
-        ("specversion", "1.0"),
-        ("id", event_id),
-        ("source", f"{topics.ROOT}/{topic.fleet}/{topic.device}"),
-        ("type", f"outstation.{topic.kind}.v1"),
-        ("time", time),
-    )

@@ -101,3 +101,14 @@ def topic_matches(topic_filter: str, topic: str) -> bool:
         if i >= len(topic_levels) or level not in ("+", topic_levels[i]):
             return False
     return len(levels) == len(topic_levels)
+
+
+def cloudevent_properties(topic: Topic, event_id: str, time: str) -> tuple[tuple[str, str], ...]:
+    """Return the CloudEvents 1.0 attributes of binary mode, as MQTT user properties."""
+    return (
+        ("specversion", "1.0"),
+        ("id", event_id),
+        ("source", f"{ROOT}/{topic.fleet}/{topic.device}"),
+        ("type", f"outstation.{topic.kind}.v1"),
+        ("time", time),
+    )

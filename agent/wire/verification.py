@@ -20,8 +20,8 @@ from agent import decoders
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws, topics
-from agent.wire.jws import Signer
-from agent.wire.messages import MAX_PAYLOAD, Body, DesiredPayload
+from agent.wire.jws import MAX_PAYLOAD, Signer
+from agent.wire.messages import Body, DesiredPayload
 
 # Fewer digits fit into 64 bits. Two passes in C cost less than a look at each number.
 _LONG_NUMBER = b"0" * 19

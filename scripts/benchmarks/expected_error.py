@@ -13,7 +13,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.authoring import error_training
-from agent.drift import DriftMonitor, DriftState, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, Reference
+from agent.drift.baseline.learning import build_reference
 from agent.performance.expected_error import ErrorReference
 from scripts.benchmarks import Report, Result, Section, benchmark, catalogue
 from scripts.benchmarks.drift_peers import error_cases, peers, tables

@@ -13,10 +13,10 @@ from agent.testing.messages import new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
+from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import encode
 from scripts.faults import fault
-from scripts.faults.patience import wait_until
+from scripts.faults.patience import pause, wait_until
 from scripts.faults.world import DEVICE, World
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
@@ -67,7 +67,7 @@ def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage
     wait_until("something in the outbox", world.outbox_size)
     before, log = _settled(world), _log(world)
     _publish(world, [make(*log) for _ in range(rng.randint(1, 5))])
-    time.sleep(rng.uniform(0.3, 0.8))
+    pause(rng.uniform(0.3, 0.8))
     after = world.outbox_size()
     assert after >= before, f"{before} messages waited, {after} after the forged acknowledgement"
     world.keep(world.collector)

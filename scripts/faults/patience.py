@@ -45,6 +45,13 @@ def wait_until(description: str, condition: Callable[[], object], seconds: float
         time.sleep(_POLL_S)
 
 
+def pause(seconds: float) -> None:
+    """Sleep for `seconds` on a machine with a free processor."""
+    patience = Patience(seconds)
+    while not patience.is_over():
+        time.sleep(_POLL_S)
+
+
 def _stalled_s() -> float:
     """Return the seconds since boot in which a process waited for a processor; 0 where the kernel does not count."""
     try:

@@ -18,7 +18,8 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.testing.messages import new_key
 from agent.wire import jws, log_chain, log_head
-from agent.wire.messages import AcknowledgementRef, encode
+from agent.wire.jws import encode
+from agent.wire.messages import AcknowledgementRef
 from tests.kit.commands import call_outstation
 
 pytestmark = pytest.mark.attack("history")

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
-import click
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from agent.cli import spare
-from agent.cli.device.batch import batch
 from agent.cli.device.init import TEMPLATE
-from agent.cli.device.run import run
 from agent.model.sandbox import launch
 
 TASK = """
@@ -26,8 +20,8 @@ bundle = "sort.bundle"
 pytestmark = pytest.mark.process
 
 
-def starts_one(config: Path, *options: str) -> bool:
-    with spare.prepared([*options, "-c", str(config)]):
+def starts_one(config: Path) -> bool:
+    with spare.prepared(str(config)):
         started = launch._spare
         assert started is None or started.child.poll() is None
     assert launch._spare is None
@@ -44,7 +38,6 @@ def config(tmp_path: Path) -> Path:
 
 def test_a_process_waits_for_the_first_model_of_a_device(config: Path) -> None:
     assert starts_one(config)
-    assert starts_one(config, "sort", "--json")
 
 
 @pytest.mark.parametrize(
@@ -63,38 +56,5 @@ def test_none_is_started_for_a_device_that_runs_no_model_in_a_process(config: Pa
     assert not starts_one(config)
 
 
-def test_none_is_started_for_options_that_the_command_rejects(config: Path) -> None:
-    assert not starts_one(config, "--fast")
-    assert not starts_one(config, "--help")
-
-
-WORDS = [
-    "-c",
-    "--config",
-    "-cx",
-    "--config=y",
-    "--config=",
-    "--json",
-    "-v",
-    "--verbose",
-    "--",
-    "-",
-    "task",
-    "-vc",
-    "-h",
-]
-
-
-@given(st.sampled_from([run, batch]), st.lists(st.sampled_from(WORDS), max_size=5))
-def test_the_config_is_the_one_that_the_command_itself_reads(command: click.Command, words: list[str]) -> None:
-    try:
-        named = command.make_context("", list(words)).params["config_file"]
-    except (click.ClickException, click.exceptions.Exit):
-        return
-    with contextlib.suppress(ValueError):
-        assert (spare._find_option(words) or None) == (named or None)
-
-
 def test_none_is_started_without_a_config(tmp_path: Path) -> None:
     assert not starts_one(tmp_path / "missing.toml")
-    assert not starts_one(tmp_path / "missing.toml", "--config")

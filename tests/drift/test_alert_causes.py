@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, build_reference
+from agent.drift import DriftMonitor
+from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors import daily_cycle
 
 WINDOW = 60

@@ -7,7 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor, DriftWindowResult, Reference, build_reference
+from agent.drift import DriftMonitor, DriftWindowResult, Reference
+from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors import daily_cycle
 from agent.errors import BadBundle
 

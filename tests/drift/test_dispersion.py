@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor, DriftState, build_reference
+from agent.drift import DriftMonitor, DriftState
+from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.dispersion import DispersionDetector
 
 WINDOW, LEARN, WATCHED, FIELDS = 10, 40, 20, ("a", "b", "c")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from agent.drift import DriftMonitor, DriftWindowResult, build_reference
+from agent.drift import DriftMonitor, DriftWindowResult
+from agent.drift.baseline.learning import build_reference
 from agent.drift.reporting.drift_message import round_effect_size, to_compact_numbers
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 from tests.kit.machine import FIELDS, LABELS, WINDOW, Readings, feed, readings, reference
 
 LEARN = 40

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.authoring import error_training
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift.baseline.learning import build_reference
 from agent.drift.outputs.counts import FurtherOutput
 from agent.drift.reporting import parsed_message
 from agent.drift.succession import inherit, is_heir, merge_references

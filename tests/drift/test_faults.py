@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, build_reference, succession
+from agent.drift import DriftMonitor, DriftState, succession
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.extremes import Extremes
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import max_normal_run
 from agent.drift.baseline.summary import Summary, stack_one

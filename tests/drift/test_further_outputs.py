@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference, succession
-from agent.drift.baseline.learning import with_score_accuracy
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, succession
+from agent.drift.baseline.learning import build_reference, with_score_accuracy
 from agent.drift.detectors.registry import CLASS_SHARE, SCORED
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.outputs import counts as output_counts

@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor, build_reference
+from agent.drift import DriftMonitor
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.learning_state import MAX_BYTES, MAX_WINDOWS, MIN_RETAINED_WINDOWS, LearningState
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.detectors.detector import Task

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
 from agent.arrays import Ints
-from agent.drift import DriftMonitor, build_reference
+from agent.drift import DriftMonitor
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.faults.missing_values import MissingValues
 from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.config import FieldConfig, StreamConfig, check_class_field
-from agent.drift import DriftMonitor, DriftWindowResult, Reference, build_reference
+from agent.drift import DriftMonitor, DriftWindowResult, Reference
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.modes import CLASS_COUNT, MAX_MODES, OTHER_CLASS, Modes, assign_classes, modes_of_windows
 from agent.errors import BadBundle, ConfigError
 from tests.kit.machine import ROWS, WINDOW, readings, reference

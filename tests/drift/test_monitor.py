@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.summary import Summary
 from agent.errors import BadBundle
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, comparable, feed, readings, reference

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor, DriftState, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, Reference
 from agent.drift.baseline import operating_modes
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.transitions import MIN_TRANSITIONS, count_transitions
 
 ROWS, LEARN, FIELDS = 60, 40, ("a", "b", "c", "d")

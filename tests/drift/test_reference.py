@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent.drift import Reference, build_reference
+from agent.drift import Reference
+from agent.drift.baseline.learning import build_reference
 from agent.errors import BadBundle
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, readings, reference
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
 from agent.drift.baseline import summary as summaries
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.learning_state import MAX_WINDOWS, LearningState
 from agent.drift.baseline.runs import Trace, count_repeated_rows
 from agent.drift.baseline.sampling import SamplingIntervals

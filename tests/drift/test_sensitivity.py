@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from agent.cli.device.reference import format_smallest_changes
-from agent.drift import DriftMonitor, DriftState, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, Reference
 from agent.drift.baseline import sensitivity
+from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.moments import VARIANCE_PRIOR
 
 ROWS, LEARN, FIELDS = 60, 40, ("a", "b", "c")

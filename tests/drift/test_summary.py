@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import build_reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline import window_statistics
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.sampling import compute_spans

@@ -10,7 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift.baseline.learning import build_reference
 from agent.drift.testing.sequence import run_tests
 from agent.drift.testing.test_suite import Evidence
 from agent.errors import BadBundle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.drift import build_reference
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.reporting.training_distance import UNLIKE_TRAINING, measure_training_distance

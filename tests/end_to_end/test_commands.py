@@ -16,7 +16,7 @@ from agent.testing.process import run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 from tests.kit.commands import audit_fleet, call_outstation
 
 KNOWN = "the collector knows the new signing key"

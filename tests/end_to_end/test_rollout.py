@@ -18,7 +18,7 @@ from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 from scripts.kit import rigged
 from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import crashing

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from agent import config
 from agent.bootstrap.daemon import build_daemon
-from agent.cli.device import run
+from agent.cli.device import processing, run
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.daemon import Daemon
@@ -46,7 +46,7 @@ def test_a_daemon_ends_before_the_next_one_starts_in_a_new_log(tmp_path: Path, m
         return Forking()
 
     monkeypatch.setattr(run, "build_daemon", daemon)
-    done = CliRunner().invoke(run.run, ["-c", str(tmp_path / "outstation.toml")], catch_exceptions=False)
+    done = CliRunner().invoke(processing.run, ["-c", str(tmp_path / "outstation.toml")], catch_exceptions=False)
     assert (done.exit_code, len(made)) == (0, 2)
 
 
@@ -89,7 +89,7 @@ def run_with_edits(home: Path, edits: Sequence[tuple[str, str]], monkeypatch: py
         return daemon
 
     monkeypatch.setattr(run, "build_daemon", build_and_edit)
-    done = CliRunner().invoke(run.run, ["-c", str(file)], catch_exceptions=False)
+    done = CliRunner().invoke(processing.run, ["-c", str(file)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return ran
 

@@ -25,8 +25,9 @@ from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MessageSender, new_key
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
+from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import CommandPayload, encode
+from agent.wire.messages import CommandPayload
 from agent.wire.verification import verify_message
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"

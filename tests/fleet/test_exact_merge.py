@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.drift import DriftMonitor, Reference, build_reference
+from agent.drift import DriftMonitor, Reference
+from agent.drift.baseline.learning import build_reference
 from agent.drift.reporting import parsed_message
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.merge import MergedField

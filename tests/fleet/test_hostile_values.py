@@ -25,7 +25,8 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.polled_alerts import FleetWideAlerts
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.testing.messages import MessageSender, new_key
-from agent.wire.messages import HealthPayload, digest, encode
+from agent.wire.jws import digest, encode
+from agent.wire.messages import HealthPayload
 from agent.wire.verification import VerifiedMessage
 from tests.kit.evidences import Story, at, build_story
 from tests.kit.fleet_databases import DATABASES, copy_database

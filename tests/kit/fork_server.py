@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import agent
+from agent.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 MODULES = ("agent.model.sandbox.worker", "agent.model.sandbox.probe", "agent.evaluation.latency",
@@ -155,7 +156,7 @@ def install() -> None:
 def main() -> None:
     for module in pkgutil.walk_packages(agent.__path__, "agent."):
         # Extras may be missing.
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, UsageError):
             if module.name not in _NOT_IMPORTED:
                 importlib.import_module(module.name)
     gc.collect()

@@ -13,9 +13,9 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
 from agent.drift.baseline import summary, window_statistics
-from agent.drift.baseline.learning import with_score_accuracy
+from agent.drift.baseline.learning import build_reference, with_score_accuracy
 from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary
 from agent.indices import repeat

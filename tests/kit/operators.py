@@ -24,9 +24,8 @@ from agent.errors import MessageRefused
 from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
-from agent.wire.jws import Signer
+from agent.wire.jws import Signer, encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import encode
 
 FLEET, DEVICE = "acme", "pi-07"
 TOPIC = f"outstation/{FLEET}/{DEVICE}/cmd"

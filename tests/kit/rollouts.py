@@ -28,7 +28,7 @@ from agent.model.sandbox import probe
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 from scripts.kit.bundles import Floats, change_manifest, model, readings
 from tests.kit.bundle_devices import T0, Device, version, versions
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator

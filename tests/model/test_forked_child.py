@@ -38,7 +38,7 @@ def holds(pid, text):
 _SECRETS = """
 unlisted = os.open("/etc/passwd", os.O_RDONLY)
 os.set_inheritable(unlisted, True)
-with spare.prepared(["-c", sys.argv[1]]):
+with spare.prepared(sys.argv[1]):
     worker = launch._spare
     assert isinstance(worker.child, ForkedChild)
     # Asked for only now: no other copy of them is in this process's own memory before.

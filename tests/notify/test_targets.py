@@ -181,11 +181,14 @@ def test_mail_that_the_server_refuses_fails(tmp_path: Path) -> None:
         assert failed.value.is_rejected
 
 
-def test_a_server_that_is_not_there_is_named_with_what_to_do() -> None:
+def test_a_server_that_does_not_listen_is_named_with_a_remedy() -> None:
     mail = EmailTarget(host="127.0.0.1", port=1, security="none", sender="a@example.org", to=["b@example.org"])
     broker = BrokerConfig(url="mqtt://127.0.0.1:1")
-    for target in (WebhookTarget(url="http://127.0.0.1:1/x"), mail, MqttTarget(topic="alerts", broker=broker)):
-        with pytest.raises(SendFailed, match=r"127\.0\.0\.1:1: Connection refused; nothing listens there: start the"):
+    hook = WebhookTarget(url="http://127.0.0.1:1/x")
+    for target, noun in ((hook, "server"), (mail, "server"), (MqttTarget(topic="alerts", broker=broker), "broker")):
+        with pytest.raises(
+            SendFailed, match=rf"127\.0\.0\.1:1: Connection refused; nothing listens .*start the {noun},"
+        ):
             send(target, message())
 
 

@@ -20,7 +20,7 @@ from agent.testing.messages import MessageSender
 from agent.testing.process import find_program, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
-from agent.wire.messages import digest
+from agent.wire.jws import digest
 from agent.wire.topics import KINDS
 from scripts import wire_documents
 from scripts.kit.steps import CACHE

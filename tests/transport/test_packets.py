@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.transport.packets import GZIP, JSON, OutgoingMessage, compress, decompress
-from agent.wire.messages import MAX_PAYLOAD
+from agent.wire.jws import MAX_PAYLOAD
 
 
 @given(st.binary(max_size=3000) | st.text(alphabet='{}[]",:0123456789', max_size=3000).map(str.encode))

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from agent import clock
 from agent.errors import MessageRefused
 from agent.testing.messages import QUIET_FIELD, MessageSender, SignedMessage, new_key
-from agent.wire import jws, log_chain, messages, verification
-from agent.wire.jws import Signer
+from agent.wire import jws, log_chain, messages, topics, verification
+from agent.wire.jws import MAX_PAYLOAD, Signer
 from agent.wire.keys import SigningKey, b64url_decode
-from agent.wire.messages import MAX_PAYLOAD, AckPayload, DriftPayload, HealthPayload, ResultsPayload
+from agent.wire.messages import AckPayload, DriftPayload, HealthPayload, ResultsPayload
 from agent.wire.times import Rfc3339
 from agent.wire.topics import KINDS, Topic
 from agent.wire.verification import VerifiedMessage, verify_message
@@ -41,7 +41,7 @@ def find(kid: str) -> Signer | None:
 
 def signed(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE) -> VerifiedMessage:
     """The message, opened, after it was rightly signed."""
-    data = payload if isinstance(payload, bytes) else messages.encode(payload)
+    data = payload if isinstance(payload, bytes) else jws.encode(payload)
     return verify_message(topic, data, [jws.sign(key, topic, data)], find)
 
 
@@ -192,12 +192,10 @@ def refusal(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVIC
         pytest.param(HEALTH_TOPIC, b'{"kind":"health",' * 2, "malformed payload", id="cut short"),
         pytest.param(HEALTH_TOPIC, b'{"a":' * 50_000, "malformed payload", id="nested without end"),
         pytest.param(HEALTH_TOPIC, b" " * (10 << 20), "too large", id="ten megabytes"),
-        pytest.param(
-            HEALTH_TOPIC, b"\xef\xbb\xbf" + messages.encode(HEALTH), "malformed payload", id="byte order mark"
-        ),
+        pytest.param(HEALTH_TOPIC, b"\xef\xbb\xbf" + jws.encode(HEALTH), "malformed payload", id="byte order mark"),
         pytest.param(HEALTH_TOPIC, json.dumps(HEALTH).encode("utf-16"), "malformed payload", id="UTF-16"),
-        pytest.param(HEALTH_TOPIC, messages.encode(HEALTH) + b"\0", "malformed payload", id="NUL after the end"),
-        pytest.param(HEALTH_TOPIC, messages.encode(HEALTH) + b"{}", "malformed payload", id="two objects"),
+        pytest.param(HEALTH_TOPIC, jws.encode(HEALTH) + b"\0", "malformed payload", id="NUL after the end"),
+        pytest.param(HEALTH_TOPIC, jws.encode(HEALTH) + b"{}", "malformed payload", id="two objects"),
     ],
 )
 def test_a_signed_message_on_a_wrong_topic_is_refused(topic: str, payload: bytes | dict[str, Any], why: str) -> None:
@@ -224,7 +222,7 @@ def test_a_signed_message_on_a_wrong_topic_is_refused(topic: str, payload: bytes
     ids=lambda more: more[:24].decode("latin-1"),
 )
 def test_ambiguous_json_is_refused_in_any_member(more: bytes) -> None:
-    whole = messages.encode({k: v for k, v in HEALTH.items() if k not in ("streams", "outbox")})
+    whole = jws.encode({k: v for k, v in HEALTH.items() if k not in ("streams", "outbox")})
     assert refusal(HEALTH_TOPIC, whole[:-1] + b"," + more + b"}") == "malformed payload"
 
 
@@ -248,14 +246,14 @@ def test_a_duplicate_key_is_refused_at_any_depth(kind: str) -> None:
 
 
 def test_a_duplicate_key_in_an_acknowledgement_is_refused() -> None:
-    payload = messages.encode(ACK)
+    payload = jws.encode(ACK)
     assert refusal(ACK_TOPIC, payload.replace(b'"through":9', b'"through":3,"through":9'), COLLECTOR) == "duplicate key"
 
 
 def test_a_duplicate_key_next_to_large_columns_is_refused() -> None:
     n = 3000
     many = {"row": list(range(1, n + 1)), "t": [10**15] * n, "label": ["PEN"] * n}
-    payload = messages.encode(RESULTS | {"rows": [1, n], "n": n, "columns": many})
+    payload = jws.encode(RESULTS | {"rows": [1, n], "n": n, "columns": many})
     assert isinstance(signed(RESULTS_TOPIC, payload).body, ResultsPayload)
     assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"row":[1],"label":')) == "malformed payload"
     assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"t":[1],"label":')) == "malformed payload"
@@ -429,18 +427,16 @@ def test_signed_random_bytes_are_refused(payload: bytes) -> None:
 
 
 def test_a_payload_is_flat_readable_json_in_the_order_given() -> None:
-    assert (
-        messages.encode({"v": 1, "text": "Grüße", "nan": float("nan")}) == '{"v":1,"text":"Grüße","nan":null}'.encode()
-    )
+    assert jws.encode({"v": 1, "text": "Grüße", "nan": float("nan")}) == '{"v":1,"text":"Grüße","nan":null}'.encode()
 
 
 def test_the_digest_is_the_base64url_sha256_of_the_payload() -> None:
-    assert messages.digest(b"") == "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
+    assert jws.digest(b"") == "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
 
 
 def test_cloudevents_attributes() -> None:
     topic = Topic("acme", "pi-07", "results", "exercise")
-    assert dict(messages.cloudevent_properties(topic, "pi-07/log/1", "2026-11-24T22:18:01Z")) == {
+    assert dict(topics.cloudevent_properties(topic, "pi-07/log/1", "2026-11-24T22:18:01Z")) == {
         "specversion": "1.0",
         "id": "pi-07/log/1",
         "source": "outstation/acme/pi-07",

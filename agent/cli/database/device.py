@@ -12,9 +12,8 @@ from agent import clock
 from agent.bootstrap import device
 from agent.cli.database.inspection import add_commands, open_database
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import config_option, config_options
+from agent.cli.options import config_option, config_options, parse_since
 from agent.cli.row_output import csv_option, print_rows, require_one_format
-from agent.cli.time_option import parse_since
 from agent.config import StreamConfig
 from agent.device import newest
 from agent.device.store.store import DATABASE, Store

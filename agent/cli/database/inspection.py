@@ -14,7 +14,8 @@ from typing import Any
 import click
 import sqlite_utils
 
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.options import json_option
+from agent.cli.output import echo, emit, print_table
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean

@@ -20,7 +20,8 @@ from agent import clock
 from agent.bootstrap import device, sinks, tasks
 from agent.cli.device.cost import build_document as build_cost
 from agent.cli.device.status import format_metered
-from agent.cli.output import config_option, echo_wrapped, emit, json_option
+from agent.cli.options import config_option, json_option
+from agent.cli.output import echo_wrapped, emit
 from agent.config import Config, SamplesConfig, UpdatesConfig
 from agent.config.notify import Target
 from agent.device.bundles import history

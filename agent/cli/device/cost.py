@@ -18,7 +18,8 @@ from agent.cli.cost_output import (
     show_prices_option,
     to_money,
 )
-from agent.cli.output import config_option, dark_option, echo, emit, json_option, plot_option, print_table
+from agent.cli.options import config_option, dark_option, json_option, plot_option
+from agent.cli.output import echo, emit, print_table
 from agent.config import Config
 from agent.costs.prices import load_prices
 from agent.device import usage

@@ -13,15 +13,8 @@ from agent.arrays import Ints
 from agent.bootstrap import device
 from agent.cli.device import drift_plot
 from agent.cli.device.drift_plot import FieldScale
-from agent.cli.output import (
-    config_options,
-    dark_option,
-    echo,
-    emit,
-    plot_option,
-    print_table,
-    require_plot_format,
-)
+from agent.cli.options import config_options, dark_option, plot_option
+from agent.cli.output import echo, emit, print_table, require_plot_format
 from agent.config import Config
 from agent.device.bundles import history
 from agent.device.store import task_keys

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_options, echo, emit
+from agent.cli.options import config_options
+from agent.cli.output import echo, emit
 
 
 @click.command(epilog="Example: outstation head --json >pi-07.head.json")

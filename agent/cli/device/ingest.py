@@ -21,7 +21,8 @@ import numpy as np
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.output import config_options, echo, emit, print_rejected
+from agent.cli.options import config_options
+from agent.cli.output import echo, emit, print_rejected
 from agent.client import Client, FlushResult
 from agent.config import Config, StreamConfig
 from agent.config.sources import FilesSource

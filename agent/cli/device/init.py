@@ -16,7 +16,8 @@ from agent.bootstrap import credentials
 from agent.bootstrap.device import KEY_FILE
 from agent.bootstrap.joining import CONFIG_FILE, DEVICE_FILES, check_config, set_data_dir
 from agent.bootstrap.owner import give_files
-from agent.cli.output import PATH, echo, emit, json_option
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit
 from agent.errors import ConfigError, UsageError, explain
 from agent.names import is_name
 from agent.quantities import parse_duration

@@ -11,7 +11,8 @@ import click
 
 from agent.bootstrap import device
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import config_options, echo, emit
+from agent.cli.options import config_options
+from agent.cli.output import echo, emit
 from agent.config import Config, parse_duration
 from agent.device import status
 from agent.device.commands import erasure

@@ -8,7 +8,7 @@ import click
 
 from agent.bootstrap import device
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option, format_time, last_option
-from agent.cli.output import config_options
+from agent.cli.options import config_options
 from agent.device import newest
 
 _COLUMNS = (

@@ -1,4 +1,4 @@
-"""Command `outstation run`: the daemon in the foreground."""
+"""Command `outstation run`: the daemon in the foreground. It needs no click."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-
 from agent import config
 from agent.bootstrap import device, homeassistant, sinks
 from agent.bootstrap.daemon import build_daemon
 from agent.cli.log_format import configure_logging
-from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import erasure, wipe
 from agent.device.machine.systemd import notify
@@ -27,11 +24,8 @@ from agent.model.sandbox import launch
 logger = logging.getLogger("outstation")
 
 
-@click.command(epilog="Example: outstation run -c /etc/outstation/outstation.toml")
-@config_option
-@click.option("-v", "--verbose", is_flag=True, help="Log debug messages.")
 def run(config_file: str | None, verbose: bool) -> None:
-    """Run the daemon in the foreground; SIGTERM or Ctrl-C stops it gracefully, SIGHUP reloads its config."""
+    """Run the daemon until a signal stops it; SIGHUP reloads its config. Raises UsageError, StorageError."""
     configure_logging(logging.DEBUG if verbose else logging.INFO, "%(levelname)s %(name)s: %(message)s")
     # Its debug messages would be about our own timers.
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -12,7 +12,8 @@ from agent import decoders
 from agent.bootstrap import device
 from agent.cli.device.reference import format_learning, format_smallest_changes
 from agent.cli.follow import format_reading
-from agent.cli.output import config_options, echo, echo_wrapped, emit, print_table
+from agent.cli.options import config_options
+from agent.cli.output import echo, echo_wrapped, emit, print_table
 from agent.config import StreamConfig
 from agent.device import newest
 from agent.device import status as documents

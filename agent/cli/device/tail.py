@@ -16,7 +16,7 @@ from agent.cli.follow import (
     format_time,
     last_option,
 )
-from agent.cli.output import config_options
+from agent.cli.options import config_options
 from agent.device import newest
 from agent.errors import UsageError
 from agent.toml_files import did_you_mean

@@ -15,7 +15,8 @@ from agent.bootstrap import device, sinks
 from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
 from agent.cli.doctor import archive, fixes, flash, journal, power
-from agent.cli.output import PATH, config_options, echo, echo_wrapped, emit
+from agent.cli.options import PATH, config_options
+from agent.cli.output import echo, echo_wrapped, emit
 from agent.config import Config
 from agent.device.store import cost
 from agent.device.store.store import Store

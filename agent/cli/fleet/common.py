@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.bootstrap.owner import become_owner
-from agent.cli.output import Command, echo, emit, json_option
+from agent.cli.options import Command, json_option
+from agent.cli.output import echo, emit
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig

@@ -16,7 +16,8 @@ from agent.cli.cost_output import (
     to_money,
 )
 from agent.cli.fleet.common import database_options, device_option, open_for_reading
-from agent.cli.output import dark_option, echo, emit, plot_option, print_table
+from agent.cli.options import dark_option, plot_option
+from agent.cli.output import echo, emit, print_table
 from agent.costs.prices import load_prices
 from agent.costs.usage import Usage, average_usage
 from agent.errors import UsageError

@@ -13,7 +13,8 @@ import msgspec
 
 from agent import decoders, input_files
 from agent.cli.fleet.common import fleet_options, open_for_reading, print_lines
-from agent.cli.output import PATH, emit
+from agent.cli.options import PATH
+from agent.cli.output import emit
 from agent.errors import UsageError
 from agent.wire import verification
 from agent.wire.commitment import SECRET_REPLACED, DisclosedJoin, Disclosure

@@ -16,8 +16,8 @@ from agent.cli.fleet.common import (
     processes_option,
     progress_bar,
 )
-from agent.cli.output import PATH, dark_option, echo_wrapped, emit, plot_option, require_plot_format
-from agent.cli.time_option import parse_since
+from agent.cli.options import PATH, dark_option, parse_since, plot_option
+from agent.cli.output import echo_wrapped, emit, require_plot_format
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean

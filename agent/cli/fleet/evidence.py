@@ -17,7 +17,8 @@ from agent.cli.fleet.common import (
     print_lines,
     progress_bar,
 )
-from agent.cli.output import PATH, emit, json_option
+from agent.cli.options import PATH, json_option
+from agent.cli.output import emit
 from agent.errors import MessageRefused, UsageError
 from agent.extras import install_command
 from agent.quantities import parse_duration

@@ -14,7 +14,8 @@ import msgspec
 
 from agent.cli.fleet.common import fleet_options
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import PATH, echo, echo_styled, emit, print_table
+from agent.cli.options import PATH
+from agent.cli.output import echo, echo_styled, emit, print_table
 from agent.errors import LinkDown
 from agent.fleet import config as fleet_config
 

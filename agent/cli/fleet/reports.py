@@ -20,7 +20,8 @@ from agent.cli.fleet.common import (
     progress_bar,
 )
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
-from agent.cli.output import PATH, by_option, emit, note_option, print_table
+from agent.cli.options import PATH, by_option, note_option
+from agent.cli.output import emit, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import IncidentKey

@@ -10,7 +10,8 @@ import click
 
 from agent.cli.fleet.common import fleet_options
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import PATH, echo, echo_styled, emit, json_option, print_table
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, echo_styled, emit, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.text import printable

@@ -16,7 +16,8 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import fleet_option, fleet_options, open_for_reading, open_store
-from agent.cli.output import PATH, echo, emit
+from agent.cli.options import PATH
+from agent.cli.output import echo, emit
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import Connection

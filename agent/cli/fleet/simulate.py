@@ -13,7 +13,8 @@ from click.core import ParameterSource
 
 from agent.cli.fleet import simulate_scenario
 from agent.cli.fleet.simulate_scenario import SimulateOptions
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.options import json_option
+from agent.cli.output import echo, emit, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 from agent.errors import UsageError
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.output import PATH, echo, emit, json_option
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit
 from agent.errors import UsageError
 
 if TYPE_CHECKING:

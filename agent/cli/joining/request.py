@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from agent import durable_files
-from agent.cli.output import PATH, echo, emit, json_option
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit
 from agent.errors import UsageError
 from agent.names import is_name
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import config, media
-from agent.cli.output import PATH, echo, emit, json_option
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit
 from agent.errors import UsageError
 from agent.names import is_name
 from agent.toml_files import encode_key, encode_value

@@ -12,7 +12,8 @@ import msgspec
 from click.core import ParameterSource
 
 from agent.cli.model.run import address_option, engine_option, join_option, load_bundle, open_cluster
-from agent.cli.output import PATH, echo, emit, json_option, require_writable
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit, require_writable
 from agent.errors import UsageError, explain
 from agent.text import printable
 

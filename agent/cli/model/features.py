@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from agent.cli.output import PATH, echo, emit, json_option
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit
 from agent.toml_files import encode_value
 
 

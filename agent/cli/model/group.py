@@ -17,9 +17,10 @@ from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.features import features_command
 from agent.cli.model.run import run
-from agent.cli.output import NOT_CLEAN, PATH, echo, echo_styled, emit, json_option, require_clean_option
+from agent.cli.options import PATH, json_option, require_clean_option
+from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit
 from agent.errors import BadBundle, UsageError, explain
-from agent.text import printable
+from agent.text import pluralize, printable
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def _check_bundle(path: Path, public: str | None) -> dict[str, Any]:
         add_check("signature and hashes", False, str(problem))
         return document
     add_check("signature", *trust.check_signature(path, bundle, trusted))
-    add_check("hashes", True, f"{len(bundle.manifest.files)} files as in the manifest")
+    add_check("hashes", True, f"{pluralize(len(bundle.manifest.files), 'file')} as in the manifest")
     report = probe.probe(bundle)
     for result in report.checks:
         add_check(*result)

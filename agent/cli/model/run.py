@@ -12,7 +12,8 @@ import click
 import msgspec
 
 from agent.cli import trust
-from agent.cli.output import PATH, echo, emit, json_option
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit
 from agent.cli.progress import ProgressBar
 from agent.errors import BadBundle, UsageError
 from agent.toml_files import did_you_mean

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit
+from agent.cli.options import config_option
+from agent.cli.output import emit
 from agent.config import Config
 from agent.device.machine import secret_file
 from agent.device.store.rows import Rows, concatenate

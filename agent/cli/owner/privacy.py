@@ -12,7 +12,8 @@ import numpy as np
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.output import config_options, echo, emit, print_table
+from agent.cli.options import config_options
+from agent.cli.output import echo, emit, print_table
 from agent.config import Config, FieldConfig, StreamConfig
 from agent.device.samples.rounding import protect_column
 from agent.text import printable

@@ -19,7 +19,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.ranges import Ranges
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 
 EVENT = "evicted"
 NO_ROOM, ACKNOWLEDGED_EARLIER, DAMAGED, EXPIRED = "no room", "acknowledged earlier", "damaged", "expired"

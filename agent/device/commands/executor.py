@@ -31,7 +31,8 @@ from agent.device.store.store import Store
 from agent.device.uplink.refusals import counter_names
 from agent.errors import OutstationError, RowRejected, StorageError, StorageFull
 from agent.wire.commands import CLOCK_DEPENDENT, MAX_LIFETIME_S, check_args, may_command
-from agent.wire.messages import CommandPayload, encode
+from agent.wire.jws import encode
+from agent.wire.messages import CommandPayload
 
 log = logging.getLogger("outstation.commands")
 

@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent import durable_files
 from agent.clock import ClockReading
@@ -22,9 +23,11 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import UsageError
-from agent.transport.packets import OutgoingMessage
-from agent.wire import key_rotation, keys
+from agent.wire import keys
 from agent.wire.keys import SigningKey
+
+if TYPE_CHECKING:
+    from agent.transport.packets import OutgoingMessage
 
 log = logging.getLogger("outstation")
 
@@ -100,6 +103,8 @@ def append_rotation(
     tx: Transaction, message_log: MessageLog, old: SigningKey, new: SigningKey, now: ClockReading
 ) -> None:
     """Append the message that names `new` as the successor of `old`, signed by `old`, and remember it as pending."""
+    from agent.wire import key_rotation
+
     seq = tx.log_head()[0] + 1
     evidence = key_rotation.build_evidence(
         message_log.fleet, message_log.device, message_log.log_id, seq, old.public, new

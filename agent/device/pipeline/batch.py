@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -19,13 +20,10 @@ from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.drift_state import LearningRefusals
-from agent.device.pipeline.joined_streams import JoinedBatch
 from agent.device.pipeline.loaded_task import LoadedTask, StartedBatch
 from agent.device.rules import batch_rules, rule_store
 from agent.device.rules.batch_results import BatchResults
 from agent.device.rules.batch_rules import ResultAlert, RuleContext, TaskRuleStates
-from agent.device.samples import requests
-from agent.device.samples.requests import SampleRequest
 from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockSegments
 from agent.device.store.message_log import MessageLog, PendingMessage
@@ -42,8 +40,11 @@ from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.model_windows import ModelWindows
 from agent.model.inference.scores import Labels, Scores
-from agent.performance import slices
 from agent.performance.expected_error import NO_ERROR_BINS, ErrorBins
+
+if TYPE_CHECKING:
+    from agent.device.pipeline.joined_streams import JoinedBatch
+    from agent.device.samples.requests import SampleRequest
 
 # A batch takes so large a share of its rows more with it, if then none wait.
 _REST_DIVISOR = 16
@@ -259,6 +260,10 @@ def _read_modes(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut)
 
 def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> dict[str, Sequence[str]]:
     """Return the slice that each model window belongs to, by the slice's name."""
+    if not task.config.slices:
+        return {}
+    from agent.performance import slices
+
     names, ends = [f.name for f in task.stream.fields], cut.starts + task.window_rows - 1
     by_name: dict[str, Sequence[str]] = {}
     for slicing in task.config.slices:
@@ -422,6 +427,8 @@ def _commit(
         spent_bytes = unspent_bytes - tx.remaining_bytes
         tx.increment_counter(f"windows.{task.name}", len(source.cut.starts))
         if output.sample_requests:
+            from agent.device.samples import requests
+
             requests.add(tx, task.name, output.sample_requests)
         task.cost_meter.write_counters(tx, len(source.cut.starts), source.cut.consumed, time.thread_time_ns())
         if task.joined_reader is not None and source.joined is not None:

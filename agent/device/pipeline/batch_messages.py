@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -29,7 +29,9 @@ from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Labels, Scores
 from agent.wire import commitment
-from agent.wire.messages import JoinedRange
+
+if TYPE_CHECKING:
+    from agent.wire.messages import JoinedRange
 
 # The message's header, then its other members beside the columns.
 _HEAD_BYTES, _MEMBER_BYTES, _FAULTS_BYTES = 2_000, 1_200, 500

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -28,7 +28,7 @@ from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.predictions import output_key
 from agent.device.store.store import Store
-from agent.performance import degradation, slices
+from agent.performance import degradation
 from agent.performance.degradation import (
     Agreement,
     CusumTrack,
@@ -37,10 +37,12 @@ from agent.performance.degradation import (
     LabelledLoss,
     PromisedAccuracy,
 )
-from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, NO_TRUTH, LabelSchema, count_sources
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 from agent.wire.privacy import least_count
+
+if TYPE_CHECKING:
+    from agent.performance.estimates import MetricEstimate
 
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
 _EARLY_BATCH = 200
@@ -236,6 +238,8 @@ def _contradicts_estimate(output: LabelledOutput, samples: Sequence[StoredLabel]
     estimate = output.estimate_performance(samples)
     if estimate is None:
         return False
+    from agent.performance.estimates import compute_metrics
+
     schema, predictions = output.schema, output.to_labelled_predictions(samples)
     metrics = [metric.to_dict() for metric in compute_metrics(schema.kind, schema.labels, predictions)]
     name, low, high = ("accuracy", "low", "high") if output.error is None else ("mae", "mae_low", "mae_high")
@@ -334,6 +338,8 @@ def _load_published(output: LabelledOutput, store: Store) -> Partitions:
 
 def _select_cells(output: LabelledOutput, window: LabelWindow, published: Partitions, k: int) -> Partitions:
     """Return the cells that the message may show by the least count `k`, with the numbers of their labels."""
+    from agent.performance import slices
+
     samples = output.filter_evaluable(window.samples)
     numbers = [sample.number for sample in samples]
     cells: Partitions = {_ALL: {_ALL: numbers}}
@@ -390,6 +396,9 @@ def _build_body(
 def _compute_metrics(output: LabelledOutput, samples: Sequence[StoredLabel]) -> list[MetricEstimate]:
     if not samples:
         return []
+    from agent.performance import slices
+    from agent.performance.estimates import compute_metrics
+
     schema, predictions = output.schema, output.to_labelled_predictions(samples)
     return [
         *compute_metrics(schema.kind, schema.labels, predictions),

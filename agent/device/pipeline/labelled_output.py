@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -17,7 +17,9 @@ from agent.indices import bincount
 from agent.performance import cbpe
 from agent.performance.expected_error import BINS, ErrorReference
 from agent.performance.labels import NO_TRUTH, LabelSchema, LabelTarget
-from agent.performance.metrics import LabelledPredictions
+
+if TYPE_CHECKING:
+    from agent.performance.metrics import LabelledPredictions
 
 
 class HeldOutScores(msgspec.Struct, frozen=True, eq=False):
@@ -74,6 +76,8 @@ class LabelledOutput(msgspec.Struct, frozen=True, eq=False):
         return [sample for sample in samples if sample.source not in NO_TRUTH and is_complete(sample)]
 
     def to_labelled_predictions(self, samples: Sequence[StoredLabel]) -> LabelledPredictions:
+        from agent.performance.metrics import LabelledPredictions
+
         results = [sample.prediction for sample in samples]
         has_classes = all(result.predicted_class is not None for result in results)
         classes = np.array([result.predicted_class for result in results], np.int64) if has_classes else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -13,7 +12,6 @@ from agent import config
 from agent.arrays import Float32s
 from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
-from agent.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
 from agent.device.rules.compiler import CompiledRule
 from agent.device.store.cost import CostMeter
 from agent.device.store.message_log import MessageLog, PendingMessage
@@ -30,6 +28,7 @@ from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResu
 from agent.model.inference.tuning import Tuning
 
 if TYPE_CHECKING:
+    from agent.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
     from agent.device.samples.selection import SampledTask
 
 # Model windows of a batch, and at most so many before a model was tuned. Short windows are more, up to so many rows and
@@ -73,8 +72,7 @@ class StartedBatch(msgspec.Struct, frozen=True, eq=False):
     joined: JoinedBatch | None = None
 
 
-@dataclass
-class LoadedTask:
+class LoadedTask(msgspec.Struct, eq=False, dict=True):
     """A task with its bundle loaded.
 
     - `drift_state`: as committed; `closing_messages`: to be sent with the next commit, because it was of another bundle
@@ -103,19 +101,13 @@ class LoadedTask:
     crash_guard: Callable[[], AbstractContextManager[object]] = nullcontext
     is_crash_suspect: bool = False
     batch_observer: BatchObserver | None = None
-    input_columns: list[int] = field(init=False)
-    inference: Inference = field(init=False)
-    cost_meter: CostMeter = field(init=False)
-    deadline: Deadline = field(init=False)
     last_label: str = ""
     rules: Sequence[CompiledRule] = ()
-    joined_streams: Mapping[str, JoinedStream] = field(default_factory=dict)
-    joined_reader: JoinedReader | None = field(init=False)
+    joined_streams: Mapping[str, JoinedStream] = msgspec.field(default_factory=dict)
     samples: SampledTask | None = None
     batch_divisor: int = 1
     is_pipelined: bool = True
     started: StartedBatch | None = None
-    window_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.cost_meter, self.deadline = CostMeter(self.name), Deadline(self.name, self.config.deadline)
@@ -126,8 +118,10 @@ class LoadedTask:
             manifest = features.limit_gap(manifest, media_format.max_row_gap_s)
         self.inference = Inference(manifest, self.model)
         self.window_bytes = self._max_window_bytes
-        self.joined_reader = None
+        self.joined_reader: JoinedReader | None = None
         if manifest.joined:
+            from agent.device.pipeline.joined_streams import JoinedReader
+
             self.joined_reader = JoinedReader(self.name, self.bundle.digest, self.inference, self.joined_streams)
 
     @property

@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from agent import decoders
 from agent.alerts.kinds import NEW_LOG_STARTED
 from agent.clock import ClockReading
-from agent.device.capacity import eviction
 from agent.device.machine import keys
 from agent.device.recovery.catch_up import OPENED_SEQ, PREVIOUS_LOG, UNPROVEN_FROM
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
@@ -34,8 +34,9 @@ from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageForked, StorageFull, UsageError
-from agent.wire import key_rotation
-from agent.wire.messages import AckPayload
+
+if TYPE_CHECKING:
+    from agent.wire.messages import AckPayload
 
 log = logging.getLogger("outstation")
 
@@ -159,6 +160,8 @@ def _is_rotation_lost(store: Store, plan: NewLogPlan) -> bool:
     pending = store.get_meta(keys.PENDING_ROTATION, "")
     if not pending or _is_delivered(plan, int(json.loads(pending)["seq"])):
         return False
+    from agent.wire import key_rotation
+
     after, event = 0, f'"event":"{key_rotation.ROTATION_EVENT}"'.encode()
     while page := store.unacknowledged_messages(after, _MESSAGES_PER_COMMIT):
         if any(message.intact and event in message.payload for message in page):
@@ -168,6 +171,8 @@ def _is_rotation_lost(store: Store, plan: NewLogPlan) -> bool:
 
 
 def _create_log(store: Store, plan: NewLogPlan) -> NewLogPlan:
+    from agent.device.capacity import eviction
+
     last = int(store.get_meta("seq", "0"))
     plan = msgspec.structs.replace(plan, new=str(uuid.uuid4()), last=max(plan.last, plan.through, last))
     with store.transaction(vital=True) as tx:

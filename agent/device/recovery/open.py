@@ -349,9 +349,11 @@ def find_file_system(folder: Path, mountinfo: str) -> tuple[str, str]:
         fields = before.split()
         if not dash or len(fields) < 5 or not after.split():
             continue
-        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+        mount = fields[4]
+        if "\\" in mount:
+            mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), mount)
         # A later mount on the same point covers the earlier one.
-        if folder.is_relative_to(mount) and len(mount) >= len(innermost[1]):
+        if len(mount) >= len(innermost[1]) and f"{folder}/".startswith(f"{mount.rstrip('/')}/"):
             innermost = (after.split()[0], mount)
     return innermost
 

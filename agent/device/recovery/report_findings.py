@@ -13,7 +13,6 @@ import msgspec
 from agent import ranges
 from agent.alerts.kinds import STORE_DAMAGED
 from agent.clock import ClockReading
-from agent.device.capacity.eviction import DAMAGED, declare_messages, declare_readings
 from agent.device.recovery import findings, new_log, salvage
 from agent.device.recovery.findings import RecoveryFinding
 from agent.device.store.message_log import MessageLog
@@ -39,6 +38,8 @@ def report_findings(
     pending = findings.decode(store.get_meta(findings.FINDINGS, ""))
     if not pending:
         return
+    from agent.device.capacity.eviction import DAMAGED, declare_messages
+
     try:
         with store.transaction(vital=True) as tx:
             for finding in pending:
@@ -67,6 +68,8 @@ def _declare_lost_rows(
     tasks: Sequence[str],
 ) -> None:
     """Declare lost rows of a stream that none of its tasks meets as a gap, which a run without results reports."""
+    from agent.device.capacity.eviction import DAMAGED, declare_readings
+
     used = min((tx.cursor(task) for task in tasks), default=rows[-1][1])
     declare_readings(tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True)
     # A task without a batch yet begins at the first stored row.

@@ -34,7 +34,7 @@ from agent.model import activation
 from agent.model.inference import scores
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import ModelRequest, SubprocessModel
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 
 log = logging.getLogger("outstation")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -19,14 +19,15 @@ from agent.device.bundles.rollout_state import HoldOff, Reason, RolloutState
 from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import saved_drift
-from agent.device.rollout.state_machine import compute_hold_off
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
 from agent.model.bundle.bundle import Bundle
-from agent.wire.desired_state import Phase
+
+if TYPE_CHECKING:
+    from agent.wire.desired_state import Phase
 
 log = logging.getLogger("outstation.updates")
 
@@ -63,6 +64,8 @@ def record(
     has_moved = old is None or (
         (old.phase, old.reason, old.desired.digest) != (new.phase, new.reason, new.desired.digest)
     )
+    from agent.device.rollout.state_machine import compute_hold_off
+
     hold_off = compute_hold_off(new, uptime_s) if has_moved else None
     if hold_off is not None:
         rollout_state.add_hold_off(tx, task, new.desired.digest, hold_off, uptime_s)

@@ -28,7 +28,7 @@ from agent.device.store.rows import Rows, concatenate
 from agent.device.store.store import Store
 from agent.errors import StorageFull
 from agent.transport import sample_content, sealing
-from agent.wire import messages
+from agent.wire import jws
 from agent.wire.keys import EncryptionKey, b64url_encode
 from agent.wire.topics import Topic
 
@@ -146,7 +146,7 @@ class Sampler:
                     body = self._build_body(task, request, key, first, rows, now)
                     if seals := self._seal_joined(task, key, known, now):
                         body["joined"] = seals
-                    size = len(messages.encode(body)) + _HEAD_BYTES
+                    size = len(jws.encode(body)) + _HEAD_BYTES
                     if size <= limit:
                         return _Draft("", (first, first + len(rows) - 1), body, size)
             begin, end = _shrink(request, first, len(rows))

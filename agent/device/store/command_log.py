@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from agent.wire.messages import CommandPayload
+if TYPE_CHECKING:
+    from agent.wire.messages import CommandPayload
+
 
 # Sent answers are kept for inspection, and to recognize an id that comes twice.
 _RETAINED_ANSWERS = 200

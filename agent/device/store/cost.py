@@ -108,7 +108,7 @@ class ProcessMeter:
         packages = []
         for package in sorted(self._root.glob("class/powercap/intel-rapl:?")):
             try:
-                packages.append(int((package / "energy_uj").read_text(encoding="ascii")))
+                packages.append(int((package / "energy_uj").read_text(encoding="utf-8")))
             except (OSError, ValueError):
                 return None
         return sum(packages) if packages else None
@@ -117,7 +117,7 @@ class ProcessMeter:
 def read_io(name: str) -> int:
     """Return a counter of this process by its name in proc(5): `write_bytes`, to a medium; `wchar`, by system calls."""
     try:
-        lines = Path(f"/proc/{os.getpid()}/io").read_text(encoding="ascii").splitlines()
+        lines = Path(f"/proc/{os.getpid()}/io").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)

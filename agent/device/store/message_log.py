@@ -17,7 +17,7 @@ from agent.device.store import cost
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.transaction import Transaction
 from agent.transport.packets import OutgoingMessage, compress
-from agent.wire import commitment, jws, key_rotation, log_chain, messages
+from agent.wire import commitment, jws, log_chain, topics
 from agent.wire.keys import SigningKey
 from agent.wire.privacy import field_privacy, least_count
 from agent.wire.privacy.field_privacy import FieldPrivacy
@@ -108,7 +108,7 @@ class MessageLog(msgspec.Struct):
         time = clock.to_rfc3339(now.wall_us)
         head = {"v": 1, "kind": kind, "device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
-        payload = messages.encode({**head, **stamp, **({"task": task} if task else {}), **allowed})
+        payload = jws.encode({**head, **stamp, **({"task": task} if task else {}), **allowed})
         message = OutboxMessage(seq + 1, topic, payload, jws.sign(key or self.key, topic, payload), time)
         tx.enqueue(message, log_chain.digest(payload))
         tx.increment_counter(f"messages.{kind}", 1)
@@ -141,6 +141,8 @@ class MessageLog(msgspec.Struct):
         if isinstance(evidence, dict) and "seq" in evidence:
             body["evidence"] = {**evidence, "log": old_log}
         key = self.key
+        from agent.wire import key_rotation
+
         if self.live_key is not None and body.get("event") == key_rotation.ROTATION_EVENT:
             # Signed by the old key again: the new key's proof names its place in the log.
             place = (self.fleet, self.device, self.log_id, seq + 1)
@@ -149,7 +151,7 @@ class MessageLog(msgspec.Struct):
         earlier = body.get("reissued")
         origin = {"log": old_log, "seq": message.seq}
         body["reissued"] = {**origin, "first": earlier.get("first", earlier["log"])} if earlier else origin
-        payload = messages.encode(body)
+        payload = jws.encode(body)
         token = jws.sign(key, topic, payload)
         tx.enqueue(OutboxMessage(seq + 1, topic, payload, token, message.time), log_chain.digest(payload))
         return seq + 1
@@ -160,7 +162,7 @@ class MessageLog(msgspec.Struct):
         time = clock.to_rfc3339(now.wall_us)
         body = least_count.apply(kind, body, self.least_count(None))
         body = self.field_privacy(None).apply(kind, body, now.wall_us)
-        payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
+        payload = jws.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
         message_id = f"{kind}/{log_chain.digest(payload)[:16]}"
         return self._build_outgoing(topic, payload, token, message_id, time)
@@ -175,5 +177,5 @@ class MessageLog(msgspec.Struct):
         return Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
 
     def _build_outgoing(self, topic: Topic, payload: bytes, token: str, message_id: str, time: str) -> OutgoingMessage:
-        event = messages.cloudevent_properties(topic, f"{self.device}/{self.log_id}/{message_id}", time)
+        event = topics.cloudevent_properties(topic, f"{self.device}/{self.log_id}/{message_id}", time)
         return OutgoingMessage(str(topic), payload, (("jws", token), *event), KINDS[topic.kind].retained)

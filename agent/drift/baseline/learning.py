@@ -9,7 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.drift.baseline import fault_limits
+from agent.drift.baseline import fault_limits, window_statistics
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.missing_values import MissingBaseline
@@ -364,7 +364,7 @@ def build_reference(
     window; `t` (n,) epoch µs, if known; `answers` (w, P) those of `further` outputs. Readings that change with the hour
     of day agree only once that is taken out, which takes three days. Raises BadBundle.
     """
-    rows = infinities_to_nan(features)
+    rows = window_statistics.infinities_to_nan(features)
     top = None if scores is None else np.asarray(scores, np.float64).max(axis=1)
     base = draft_reference(
         rows,
@@ -424,9 +424,3 @@ def with_score_accuracy(reference: Reference, top_scores: Float64s, right: Bools
     places = np.searchsorted(reference.score_edges, top_scores, side="right")
     counts = [bincount(part, minlength=BINS) for part in (places, places[right])]
     return replace(reference, score_n=counts[0], score_correct=counts[1])
-
-
-def infinities_to_nan(features: Float32s) -> Float64s:
-    """Return the values as float64, with infinities as missing values."""
-    rows = np.asarray(features, dtype=np.float64)
-    return rows if np.isfinite(rows).all() else np.where(np.isfinite(rows), rows, np.nan)

@@ -24,6 +24,12 @@ class WindowStatistics(msgspec.Struct, frozen=True, eq=False):
     measures: dict[str, Float64s]
 
 
+def infinities_to_nan(features: Float32s) -> Float64s:
+    """Return the values as float64, with infinities as missing values."""
+    rows = np.asarray(features, dtype=np.float64)
+    return rows if np.isfinite(rows).all() else np.where(np.isfinite(rows), rows, np.nan)
+
+
 def compute_statistics(rows: Float32s | Float64s, starts: Ints, window_rows: int, floor: Float64s) -> WindowStatistics:
     """Compute the statistics of model windows; NaN where half of a window's values are missing.
 

@@ -66,9 +66,10 @@ def means_from_sums(sums: Ints) -> WeightedMeans:
 def compute_deviations(measured: WeightedMeans, expected: Float64s) -> Float64s:
     """Return the deviation (..., X) from each class's `expected` mean (..., C, X), averaged; NaN without weight."""
     total = measured.weight.sum(-2)
-    deviation = (measured.weight * (measured.mean - expected)).sum(-2)
+    deviation = measured.mean - expected
+    deviation *= measured.weight
     known = total > 0
-    return np.asarray(np.where(known, deviation / np.where(known, total, 1.0), np.nan))
+    return np.asarray(np.where(known, deviation.sum(-2) / np.where(known, total, 1.0), np.nan))
 
 
 def average_sums(sums: Ints, expected: Float64s) -> Float64s:
@@ -86,13 +87,17 @@ def pooled_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
 
 def leave_one_out_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
     """Return the same (K, C, X) without the drift window that it is compared with."""
-    weight, total = measured.weight, measured.weight * measured.mean
-    return _mean_or_overall(weight.sum(0) - weight, total.sum(0) - total, min_weight)
+    total = measured.weight * measured.mean
+    np.subtract(total.sum(0), total, out=total)
+    return _mean_or_overall(measured.weight.sum(0) - measured.weight, total, min_weight)
 
 
 def _mean_or_overall(weight: Float64s, total: Float64s, min_weight: float) -> Float64s:
+    """Return `total` / `weight`, or that of all classes, in the memory of `total`."""
     overall = total.sum(-2, keepdims=True) / np.maximum(weight.sum(-2, keepdims=True), 1e-9)
-    return np.asarray(np.where(weight >= min_weight, total / np.maximum(weight, 1e-9), overall))
+    total /= np.maximum(weight, 1e-9)
+    np.copyto(total, overall, where=~(weight >= min_weight))
+    return total
 
 
 def count_measured(counter: Counter, task: Task, windows: ClassifiedWindows) -> Ints:

@@ -133,10 +133,12 @@ def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
     A window judged against means that contain it looks steadier than the next, unseen one will.
     """
     n = pooled.n - moments.n
-    total = pooled.n * pooled.mean - moments.n * moments.mean
-    mean = total / np.maximum(n, 1)
+    total = moments.n * moments.mean
+    np.subtract(pooled.n * pooled.mean, total, out=total)
     overall = total.sum(-2, keepdims=True) / np.maximum(n.sum(-2, keepdims=True), 1)
-    return np.asarray(np.where(n < MIN_CLASS_WINDOWS, overall, mean))
+    total /= np.maximum(n, 1)
+    np.copyto(total, overall, where=n < MIN_CLASS_WINDOWS)
+    return total
 
 
 class FieldHistory(msgspec.Struct, frozen=True, eq=False):

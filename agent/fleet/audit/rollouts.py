@@ -17,9 +17,8 @@ from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout import decisions, desired_state, journal
 from agent.fleet.rollout.decisions import DecisionBody, SignerLookup
-from agent.wire.jws import Signer
+from agent.wire.jws import Signer, digest
 from agent.wire.keys import PublicKey
-from agent.wire.messages import digest
 
 
 class RolloutAuditReport(msgspec.Struct):

@@ -16,8 +16,9 @@ from agent.fleet.database.interface import LogId
 from agent.fleet.database.store import Acknowledgement
 from agent.transport.packets import BrokerLink, OutgoingMessage, PublishReceipt
 from agent.wire import jws, topics
+from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import cloudevent_properties, encode
+from agent.wire.topics import cloudevent_properties
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from agent.fleet.rollout.plan import RolloutPlan
 from agent.fleet.rollout.promotion import StepVerdict
 from agent.wire import topics
 from agent.wire.desired_state import DesiredBundle
+from agent.wire.jws import digest
 from agent.wire.keys import SigningKey
-from agent.wire.messages import digest
 
 MAX_REASON_LENGTH = 500
 

@@ -19,9 +19,8 @@ from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws
 from agent.wire.desired_state import Name
-from agent.wire.jws import Signer
+from agent.wire.jws import Signer, digest
 from agent.wire.keys import SigningKey
-from agent.wire.messages import digest
 from agent.wire.times import Rfc3339
 
 Event = Literal["started", "promoted", "paused", "resumed", "aborted", "finished"]

@@ -9,9 +9,9 @@ import msgspec
 from agent.errors import MessageRefused, UsageError
 from agent.wire import jws, topics
 from agent.wire.desired_state import MAX_DESIRED_BYTES, DesiredBundle
-from agent.wire.jws import Signer
+from agent.wire.jws import Signer, encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import DesiredPayload, encode
+from agent.wire.messages import DesiredPayload
 from agent.wire.verification import verify_message
 
 

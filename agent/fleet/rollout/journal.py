@@ -14,7 +14,7 @@ from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.desired_state import DesiredMessage
 from agent.fleet.rollout.plan import RolloutPlan, RolloutStep
 from agent.toml_files import did_you_mean
-from agent.wire.messages import digest
+from agent.wire.jws import digest
 
 OPEN_STATES = ("running", "paused")
 

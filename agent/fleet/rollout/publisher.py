@@ -22,7 +22,7 @@ from agent.fleet.rollout.journal import Rollout
 from agent.transport.packets import BrokerLink, OutgoingMessage
 from agent.wire import topics
 from agent.wire.keys import SigningKey
-from agent.wire.messages import cloudevent_properties
+from agent.wire.topics import cloudevent_properties
 
 RolloutAction = Callable[[Connection, RolloutOperator, int], Rollout]
 

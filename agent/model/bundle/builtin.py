@@ -52,4 +52,4 @@ def recordings_dir() -> Path:
 
 def publisher_keys() -> list[PublicKey]:
     path = (_INSTALLED_DIR if _INSTALLED_DIR.exists() else _CHECKOUT_DIR) / "publisher.pub"
-    return [parse_public_key(path.read_text(encoding="ascii"))] if path.exists() else []
+    return [parse_public_key(path.read_text(encoding="utf-8"))] if path.exists() else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -15,7 +15,9 @@ from agent.arrays import Float32s, Ints
 from agent.indices import repeat
 from agent.kernel import library, model_input
 from agent.model.bundle.manifest import Manifest, ModelInput, WindowSpec
-from agent.model.inference.joins import JoinedValues
+
+if TYPE_CHECKING:
+    from agent.model.inference.joins import JoinedValues
 
 _MAX_STEP_US = 2**62
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from agent.arrays import Float32s, Ints
 from agent.errors import ModelProcessFailed
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, joins, scores
+from agent.model.inference import derived_features, features, scores
 from agent.model.inference.features import WindowCut
-from agent.model.inference.joins import JoinedRows
 from agent.model.inference.model_windows import InputMemory, ModelWindows, WindowBuilder
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
+
+if TYPE_CHECKING:
+    from agent.model.inference.joins import JoinedRows
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
 MAX_VALUES = 4_000_000
@@ -136,6 +138,8 @@ class Inference:
 
     def join(self, cut: WindowCut, t: Ints, joined: Mapping[str, JoinedRows]) -> WindowCut:
         """Return the windows of rows at `t` (n,) with the values of further inputs. Raises BadBundle."""
+        from agent.model.inference import joins
+
         return replace(cut, joined=joins.join(self.manifest.joined, joined, t[cut.starts + self.rows - 1]))
 
     def run_windows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,11 @@ from agent.kernel import library, model_input
 from agent.kernel.model_input import Scaling
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import features, scores
-from agent.model.inference.joins import JoinedValues
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
+
+if TYPE_CHECKING:
+    from agent.model.inference.joins import JoinedValues
 
 
 class InputMemory(Protocol):

@@ -10,14 +10,17 @@ import contextlib
 import fcntl
 import mmap
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from agent.model.sandbox import child_process
 from agent.model.sandbox.child_process import ONE_BLAS_THREAD, child_environment
 from agent.model.sandbox.forked_child import ForkedChild, can_fork
+
+if TYPE_CHECKING:
+    import subprocess
 
 WORKER_MODULE = "agent.model.sandbox.worker"
 _PAGE = mmap.PAGESIZE
@@ -28,6 +31,8 @@ def run_module(module: str, request: bytes, timeout_s: float) -> subprocess.Comp
 
     Raises subprocess.TimeoutExpired.
     """
+    import subprocess
+
     # -P: never import an `agent` package from the current folder.
     command = [sys.executable, "-P", "-m", module]
     environment = child_environment()
@@ -81,6 +86,8 @@ class Worker:
                 if fork_into is not None:
                     self.child = ForkedChild(partial(fork_into, *files, os.getpid()), files)
                     return
+                import subprocess
+
                 self.child = subprocess.Popen(
                     # -P: never import an `agent` package from the current folder.
                     [sys.executable, "-P", "-m", WORKER_MODULE, *map(str, (*files, os.getpid()))],

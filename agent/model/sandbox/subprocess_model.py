@@ -19,7 +19,6 @@ from agent.model.bundle import builtin
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
-from agent.model.sandbox import probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.process import ModelProcess, WorkerExited
 from agent.model.sandbox.worker import (
@@ -320,6 +319,8 @@ class SubprocessModel:
             raise ModelProcessFailed("hang", f"did not answer within {timeout_s:g} s and was killed")
 
     def _make_crash_error(self, when: str) -> ModelProcessFailed:
+        from agent.model.sandbox import probe
+
         assert self._process is not None
         code, stderr = self._process.kill()
         self._finalizer.detach()

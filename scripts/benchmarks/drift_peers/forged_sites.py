@@ -11,8 +11,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, Reference
 from agent.drift.baseline import window_statistics
+from agent.drift.baseline.learning import build_reference
 from agent.evaluation.adversarial import noise, patches
 from agent.evaluation.adversarial.target import SensorLimits, Target
 from agent.model.bundle import builtin, bundle

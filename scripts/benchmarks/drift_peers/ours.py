@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers import synthetic
 from scripts.benchmarks.drift_peers.counting import Flags, Row, raised

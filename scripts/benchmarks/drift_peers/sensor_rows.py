@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, build_reference
+from agent.drift import DriftMonitor, DriftState
+from agent.drift.baseline.learning import build_reference
 
 Floats = NDArray[np.float64]
 EVERY_US = 1_000_000

@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers.counting import Row, raised
 

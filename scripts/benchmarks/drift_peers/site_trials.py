@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift.baseline.learning import build_reference
 from scripts.benchmarks.drift_peers.populations import WINDOWS_PER_DAY, Clock, Population, Whole
 from scripts.benchmarks.drift_peers.synthetic import Floats
 

@@ -29,9 +29,8 @@ from agent.fleet.repository import trust as repository_trust
 from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws, root_metadata, trust
-from agent.wire.jws import Signer
+from agent.wire.jws import Signer, encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import encode
 from agent.wire.trust import TrustedKey
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 

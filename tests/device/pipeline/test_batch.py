@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import sqlite3
@@ -221,7 +220,7 @@ def test_long_labels_in_any_script_do_not_make_a_message_too_large(make: Make, l
     manifest = device.active.bundle.manifest
     output = msgspec.structs.replace(manifest.output, labels=[label, f"{label[:-1]}2", f"{label[:-1]}3"])
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, output=output))
-    device.task = dataclasses.replace(device.task, bundle=bundle, drift_monitor=None, drift_state=None)
+    device.task = msgspec.structs.replace(device.task, bundle=bundle, drift_monitor=None, drift_state=None)
     device.feed(CLASSIFY.rows(200))
     device.run_all()
     results = device.results()
@@ -565,7 +564,7 @@ def test_a_batch_takes_whole_windows_and_no_more_than_memory_holds(
     manifest = device.active.bundle.manifest
     spec = msgspec.structs.replace(manifest.input, window=window)
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, input=spec))
-    task = dataclasses.replace(device.task, bundle=bundle, drift_state=None)
+    task = msgspec.structs.replace(device.task, bundle=bundle, drift_state=None)
     assert task.max_batch_rows(3 << 20) == rows
     assert task.max_batch_rows(1000) >= task.window_rows
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec import UNSET, structs
@@ -388,7 +388,7 @@ def test_another_bundle_starts_anew(make: Make) -> None:
     device.turn()
     assert {entry.state for entry in device.alerts()} == {"raised"}
     bundle = replace(device.task.bundle, digest="sha256:" + "0" * 64)
-    device.task = dataclasses.replace(device.task, bundle=bundle)
+    device.task = msgspec.structs.replace(device.task, bundle=bundle)
     device.feed(100)
     device.label(range(401, 451), right)
     device.turn()

@@ -23,8 +23,8 @@ from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.desired_state import MAX_DESIRED_BYTES
+from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import encode
 from tests.kit.operators import DEVICE, FLEET, NOW, trusted_keys
 from tests.kit.stations import conf
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -496,7 +496,7 @@ def test_after_a_model_crash_another_model_runs_the_same_rows(make: Make) -> Non
 
 def test_a_subprocess_model_gives_the_same_answers(make: Make) -> None:
     pair = make(named(activated(CLASSIFY).bundle, "c"))
-    pair.device.task = dataclasses.replace(pair.task, batch_observer=None)
+    pair.device.task = msgspec.structs.replace(pair.task, batch_observer=None)
     pair.device.feed(CALM)
     pair.device.run_all()
     here = activated(CLASSIFY).model.invoke(CALM).argmax(axis=1)

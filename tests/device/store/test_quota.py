@@ -21,7 +21,7 @@ from agent.device.store.quota import PAGE_SIZE, Budget, DiskReserve, Quota
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 from tests.device.capacity.test_space import Device
 
 ROOT = Path(__file__).parents[3]

@@ -35,9 +35,9 @@ from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker, Los
 from agent.transport.capabilities import MAX_PACKET
 from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.jws import Signer
+from agent.wire.jws import Signer, encode
 from agent.wire.keys import SigningKey, b64url_encode
-from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode
+from agent.wire.messages import AckPayload, LoggedPayload, StatePayload
 from agent.wire.topics import topic_matches
 from agent.wire.verification import verify_message
 

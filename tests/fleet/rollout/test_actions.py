@@ -23,7 +23,8 @@ from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import RolloutPlan
 from agent.testing.messages import new_key
 from agent.wire import jws
-from agent.wire.messages import DesiredPayload, digest
+from agent.wire.jws import digest
+from agent.wire.messages import DesiredPayload
 from agent.wire.verification import verify_message
 from tests.kit.fleet_rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
 

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import by_option, config_options, echo, emit, print_rejected
+from agent.cli.options import by_option, config_options
+from agent.cli.output import echo, emit, print_rejected
 from agent.client import Client
 from agent.config import Config
 from agent.datasets import formats

@@ -9,7 +9,8 @@ import click
 from agent import clock
 from agent.bootstrap import device
 from agent.cli.device.labelling.label import submit
-from agent.cli.output import by_option, config_options, echo, emit, print_table
+from agent.cli.options import by_option, config_options
+from agent.cli.output import echo, emit, print_table
 from agent.config import Config
 from agent.device import label_requests
 from agent.device.bundles import history

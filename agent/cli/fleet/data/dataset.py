@@ -11,8 +11,8 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines
-from agent.cli.output import NOT_CLEAN, PATH, echo, emit, json_option, require_clean_option
-from agent.cli.time_option import parse_since
+from agent.cli.options import PATH, json_option, parse_since, require_clean_option
+from agent.cli.output import NOT_CLEAN, echo, emit
 from agent.text import pluralize
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from agent.cli.fleet.common import (
     print_lines,
     progress_bar,
 )
-from agent.cli.output import PATH, emit
+from agent.cli.options import PATH, parse_since
+from agent.cli.output import emit
 from agent.cli.row_output import csv_option, print_rows, require_one_format
-from agent.cli.time_option import parse_since
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 

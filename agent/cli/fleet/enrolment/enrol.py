@@ -16,7 +16,8 @@ import click
 from agent import clock, durable_files
 from agent.bootstrap.owner import give_tree
 from agent.cli.fleet.common import fleet_options, open_store, print_lines
-from agent.cli.output import PATH, echo, emit, json_option, print_table
+from agent.cli.options import PATH, json_option
+from agent.cli.output import echo, emit, print_table
 from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config

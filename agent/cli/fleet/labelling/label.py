@@ -13,7 +13,8 @@ from agent import clock
 from agent.cli.device.labelling.label import read_labels, report
 from agent.cli.fleet.command import send_command
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, wait_option
-from agent.cli.output import by_option, echo, emit, json_option, print_table
+from agent.cli.options import by_option, json_option
+from agent.cli.output import echo, emit, print_table
 from agent.errors import UsageError
 from agent.fleet.config import FleetConfig
 from agent.names import is_name

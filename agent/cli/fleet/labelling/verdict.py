@@ -14,7 +14,8 @@ from agent.cli.fleet.common import (
     open_for_reading,
     open_store,
 )
-from agent.cli.output import by_option, echo, emit, note_option, print_table
+from agent.cli.options import by_option, note_option
+from agent.cli.output import echo, emit, print_table
 from agent.fleet import config as fleet_config
 
 

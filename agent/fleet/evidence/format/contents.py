@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from agent.wire.messages import MAX_PAYLOAD, Metric, Natural, Positive, ShortText
+from agent.wire.jws import MAX_PAYLOAD
+from agent.wire.messages import Metric, Natural, Positive, ShortText
 
 LongText = Annotated[str, msgspec.Meta(max_length=4000)]
 Payload = Annotated[str, msgspec.Meta(max_length=MAX_PAYLOAD)]

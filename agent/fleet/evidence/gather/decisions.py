@@ -17,8 +17,8 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS, DecisionRecord, M
 from agent.fleet.rollout import decisions as rollout_decisions
 from agent.fleet.rollout.decisions import DecisionBody
 from agent.wire import jws
-from agent.wire.jws import Signer
-from agent.wire.messages import MAX_PAYLOAD, AuditPayload, digest
+from agent.wire.jws import MAX_PAYLOAD, Signer, digest
+from agent.wire.messages import AuditPayload
 
 # Events that nobody decided. They are only counted.
 OPERATIONAL_EVENTS = frozenset({"started", "stopped", "clock", "evicted", "new log", "acknowledgement"})

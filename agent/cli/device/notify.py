@@ -6,7 +6,7 @@ import click
 
 from agent.bootstrap import device
 from agent.cli import notifications
-from agent.cli.output import config_options
+from agent.cli.options import config_options
 from agent.device.notifications import read_states
 
 
