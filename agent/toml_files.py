@@ -135,14 +135,15 @@ def encode_key(name: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` if a known word is close, else a list of the known words."""
-    names = list(known)
+    names = sorted(known)
     # Imported here: only mistakes need it.
     import difflib
 
     close = difflib.get_close_matches(word, names, 1, 0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(sorted(names)[:12])}" if names else "; there is none"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"; there is {', '.join(names[:12])}{more}" if names else "; there is none"
 
 
 def _to_config_error(

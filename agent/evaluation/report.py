@@ -36,7 +36,7 @@ _SLICE_COLORS = {WORSE: "orange: worse than the rest", SMALL: "grey: too few to 
 _STATE_CLASSES = {"passed": "ok", "failed": "warning", "undecided": "none"}
 _MAX_CLASSES = 20
 _MAX_LINES = 40
-_MAX_POINTS, _MAX_CHANGES = 8, 200
+_MAX_CHANGES = 200
 
 
 def render_html(evaluation: Evaluation) -> str:
@@ -227,16 +227,16 @@ def _adversarial_section(evaluation: Evaluation) -> Iterator[Markup]:
         return
     lead = (
         f"Share of right answers that an attack flips, with its interval: {result.criterion}. Readings stay within "
-        f"the sensors' limits. {result.invocations:,} invocations of the model; nobody looked into it."
+        f"the sensors' limits. {result.invocations:,} invocations of the model, without its gradients."
     )
     cards = []
     for attack in result.attacks:
-        points = [CurvePoint(point.strength, point.value, point.low, point.high) for point in attack.points]
-        chart = charts.render_curve(f"{attack.attack}: {attack.meaning}", points[:_MAX_POINTS], 0.0, 1.0)
+        rows = [_forest_row(p.strength, p, f"{p.value:.0%}", "ok") for p in attack.points[:_MAX_LINES]]
+        chart = charts.render_forest(f"{attack.attack}: {attack.meaning}", rows)
         cards.append(page.card(_capitalize(attack.attack), _capitalize(attack.meaning) + ".", chart))
-    rows = to_texts(tables.smallest_change_rows(evaluation, by_class=True)[:_MAX_CHANGES])
-    smallest = table(["Field", "Class", "Median change", "Smallest change", "Windows"], rows, (4,))
-    yield section("When somebody forges readings", lead, _grid(cards, "grid small"), smallest)
+    changes = to_texts(tables.smallest_change_rows(evaluation, by_class=True)[:_MAX_CHANGES])
+    smallest = table(["Field", "Class", "Median change", "Smallest change", "Windows"], changes, (4,))
+    yield section("When somebody forges readings", lead, _grid(cards), smallest)
 
 
 def _float_comparison_section(evaluation: Evaluation) -> Iterator[Markup]:

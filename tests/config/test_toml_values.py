@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agent.toml_files import encode_key, encode_value
+from agent.toml_files import did_you_mean, encode_key, encode_value
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,9 @@ def test_a_key_with_a_dot_names_no_section_below() -> None:
 
 def test_members_of_a_table_that_are_none_are_left_out() -> None:
     assert encode_value({"kind": "mqtt", "t": None}) == '{ kind = "mqtt" }'
+
+
+def test_a_list_of_known_words_says_how_many_it_leaves_out() -> None:
+    words = [f"table{i:02}" for i in range(14)]
+    assert did_you_mean("results", words[:12]) == f"; there is {', '.join(words[:12])}"
+    assert did_you_mean("results", words).endswith("table11 and 2 more")

@@ -25,7 +25,7 @@ from agent.device.machine.schedule import (
 from agent.errors import ConfigError
 
 _CLAUSE = re.compile(r"\s+(in|from|until|jitter)\s+")
-_HINT = 'write "every 60 s", "when 500 rows" or a cron expression'
+_HINT = 'write "every 60 s", "when 500 rows" or a cron expression such as "30 3 * * *"'
 
 
 def parse(file: str, task: str, text: str, last_us: int | None = None, device: str = "") -> Schedule:

@@ -414,7 +414,9 @@ def test_a_bad_schedule_is_named_with_its_task_and_what_to_write(text: str, reas
         parse("outstation.toml", "exercise", text)
     assert caught.value.key == "tasks.exercise.schedule"
     assert reason in caught.value.problem
-    assert caught.value.problem.endswith('write "every 60 s", "when 500 rows" or a cron expression')
+    assert caught.value.problem.endswith(
+        'write "every 60 s", "when 500 rows" or a cron expression such as "30 3 * * *"'
+    )
 
 
 NUMBERS = st.integers(0, 70).map(str)

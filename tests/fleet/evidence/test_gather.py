@@ -439,6 +439,7 @@ def test_the_page_of_a_large_fleet_stays_readable(tmp_path: Path) -> None:
     text = text_of(tmp_path / "out")
     assert "150 incidents (" in text
     assert "125 more in incidents.json" in text
+    assert "Models in use 1 in 1 task Incidents" in text
     assert "110 running.json" not in text
     report = verify(tmp_path / "out", [story.operator.public])
     assert (report.problems, report.messages) == ([], 450)

@@ -51,7 +51,7 @@ def group_running_tasks(running_tasks: Sequence[RunningTask]) -> list[dict[str, 
 
 
 def list_card_notes(card: BundleCard) -> list[str]:
-    usage = f"runs in {format_count(card.running_tasks, 'task')}" if card.running_tasks else "not running"
+    usage = f"runs in {format_count(card.running_tasks, 'task')} of devices" if card.running_tasks else "not running"
     inputs = f"{_KIND_DESCRIPTIONS.get(card.kind, card.kind)} from {format_count(len(card.fields), 'input')}"
     signature = "Not signed."
     if card.signature_verified:

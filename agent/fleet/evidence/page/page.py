@@ -103,12 +103,13 @@ def _build_tiles(facts: EvidenceFacts) -> list[tuple[str, int, str]]:
     rollouts = {decision.rollout for decision in facts.decisions if decision.rollout}
     rollouts |= {row["rollout"] for row in facts.rollouts}
     models = {task.model.digest for task in facts.running_tasks if task.model}
+    tasks = {task.task for task in facts.running_tasks}
     silent = len(facts.silent_devices)
     decisions = formats.format_count(sum(facts.event_counts.values()), "decision")
     verification = "all verified" if facts.audit["passed"] else "audit failed: see checks"
     return [
         ("Devices", len(facts.devices), f"{silent:,} without a report" if silent else "all report their models"),
-        ("Models in use", len(models), f"in {formats.format_count(len(facts.running_tasks), 'task')}"),
+        ("Models in use", len(models), f"in {formats.format_count(len(tasks), 'task')}"),
         ("Incidents", sum(facts.incident_counts.values()), f"{_count_open(facts):,} open"),
         ("Roll-outs", len(rollouts), f"{decisions} in total"),
         ("Signed messages", facts.message_count, verification if facts.message_count else "none received"),
