@@ -67,8 +67,10 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path: Path) -> 
     program += "def restore(*_):\n    sys.path.pop(0)\n    raise KeyboardInterrupt\n"
     program += "import signal\nsignal.signal(signal.SIGINT, restore)\nmain()"
     # As a file: a fork has imported Click before.
-    (tmp_path / "program.py").write_text(program)
-    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path), "status"]
+    path = tmp_path / "program" / "interrupted.py"
+    path.parent.mkdir()
+    path.write_text(program)
+    command = [sys.executable, str(path), str(tmp_path), "status"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (1, "outstation: interrupted\n")
 
