@@ -232,7 +232,7 @@ def test_frames_that_arrive_together_come_to_what_each_comes_to_by_itself(data: 
 
 
 @pytest.mark.parametrize("kind", TYPES[:2])
-def test_frames_of_one_row_outlive_the_buffer_that_they_came_in(kind: str) -> None:
+def test_one_row_frames_outlive_their_receive_buffer(kind: str) -> None:
     numbers = np.arange(4).astype(kind)
     check_together([frame(ax=x, ay=x, t=np.array([T0]) + x) for x in numbers.reshape(4, 1)])
 
