@@ -95,8 +95,8 @@ def test_many_small_frames_do_not_come_in_one_large_read(
         return buffer
 
     monkeypatch.setattr(ProducerConnection, "get_buffer", measure)
-    ones = np.ones(rows, "<f4")
-    content = _encode_frame("watch", {"ax": ones, "ay": ones})
+    column = np.ones(rows, "<f4")
+    content = _encode_frame("watch", {"ax": column, "ay": column})
     with station.line() as line:
         for count in (1, 2, 3):
             line.socket.sendall(content or b"")
