@@ -66,7 +66,11 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path: Path) -> 
     program = "import sys\nfrom agent.cli import main\nsys.path.insert(0, sys.argv.pop(1))\n"
     program += "def restore(*_):\n    sys.path.pop(0)\n    raise KeyboardInterrupt\n"
     program += "import signal\nsignal.signal(signal.SIGINT, restore)\nmain()"
-    command = [sys.executable, "-c", program, str(tmp_path), "status"]
+    # As a file: a fork has imported Click before.
+    path = tmp_path / "program" / "interrupted.py"
+    path.parent.mkdir()
+    path.write_text(program)
+    command = [sys.executable, str(path), str(tmp_path), "status"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (1, "outstation: interrupted\n")
 

@@ -119,16 +119,17 @@ def read_columns(frames: Frames, layout: FrameLayout) -> FrameColumns:
     if len(table) > 1 and not (table[1:, : layout.data_at] == table[0, : layout.data_at]).all():
         raise RowRejected("frames with different heads")
     at, t_us = layout.data_at, None
+    # Reshaped columns of frames of one row would still be views of the receive buffer, which the next read overwrites.
     if layout.has_times:
-        t_us = table[:, at : at + 8 * n].view("<i8").reshape(-1)
+        t_us = np.ascontiguousarray(table[:, at : at + 8 * n].view("<i8").reshape(-1))
         at += 8 * n
     if layout.kind and n * widths[0] % _ALIGN == 0:
         cubes = table[:, at:].view(f"<{layout.kind}").reshape(len(table), len(widths), n)
-        block = cubes.swapaxes(0, 1).reshape(len(widths), -1)
+        block = np.ascontiguousarray(cubes.swapaxes(0, 1).reshape(len(widths), -1))
         return FrameColumns(block.shape[1], t_us, dict(zip(layout.names, block, strict=True)), block)
     values: dict[str, NDArray[Any]] = {}
     for (name, kind), width in zip(layout.columns, widths, strict=True):
-        values[name] = table[:, at : at + n * width].view(f"<{kind}").reshape(-1)
+        values[name] = np.ascontiguousarray(table[:, at : at + n * width].view(f"<{kind}").reshape(-1))
         at += _align(n * width)
     return FrameColumns(n * len(table), t_us, values)
 

@@ -193,8 +193,10 @@ def check_together(contents: list[bytes]) -> None:
         for number, content in enumerate(contents, 1)
         for at in one_by_one.parse_frames(alone(content), number, NOW_US)
     ]
-    joined = Frames(memoryview(bytearray(b"".join(contents))), len(contents[0]))
-    parsed = at_once.parse_frames(joined, 1, NOW_US)
+    buffer = bytearray(b"".join(contents))
+    parsed = at_once.parse_frames(Frames(memoryview(buffer), len(contents[0])), 1, NOW_US)
+    # The next read overwrites it.
+    buffer[:] = bytes(len(buffer))
 
     def total(parts: list[ParsedLines]) -> tuple[Any, ...]:
         rows = [part.validated.rows for part in parts if part.validated is not None]
@@ -227,6 +229,12 @@ def test_frames_that_arrive_together_come_to_what_each_comes_to_by_itself(data: 
         t = data.draw(st.sampled_from(times[: data.draw(st.integers(1, 5))]))
         contents.append(frame(**columns, **({} if t is None else {"t": T0 + 10.0 * second + t})))
     check_together([content for content in contents if len(content) == len(contents[0])])
+
+
+@pytest.mark.parametrize("kind", TYPES[:2])
+def test_one_row_frames_outlive_their_receive_buffer(kind: str) -> None:
+    numbers = np.arange(4).astype(kind)
+    check_together([frame(ax=x, ay=x, t=np.array([T0]) + x) for x in numbers.reshape(4, 1)])
 
 
 def test_a_frame_with_another_head_of_the_same_size_is_read_by_its_own_head() -> None:
