@@ -231,7 +231,9 @@ def _adversarial_section(evaluation: Evaluation) -> Iterator[Markup]:
     )
     cards = []
     for attack in result.attacks:
-        rows = [_forest_row(p.strength, p, f"{p.value:.0%}", "ok") for p in attack.points[:_MAX_LINES]]
+        rows = [
+            ForestRow(p.strength, p.value, p.low, p.high, f"{p.value:.0%}", "ok") for p in attack.points[:_MAX_LINES]
+        ]
         chart = charts.render_forest(f"{attack.attack}: {attack.meaning}", rows)
         cards.append(page.card(_capitalize(attack.attack), _capitalize(attack.meaning) + ".", chart))
     changes = to_texts(tables.smallest_change_rows(evaluation, by_class=True)[:_MAX_CHANGES])
