@@ -74,7 +74,10 @@ class ForkServer:
             # Their environment is that of the sandbox.
             path = self._environment.get("PYTHONPATH")
             return words[3] in MODULES and given.get("PYTHONPATH", path) == path
-        known = words[1:3] == ["-m", "agent"] or (words[1] == "-c" and _IMPORTS_AGENT.search(words[2]) is not None)
+        known = words[1:3] == ["-m", "agent"] or (
+            # A fork has imported everything.
+            words[1] == "-c" and _IMPORTS_AGENT.search(words[2]) is not None and "sys.modules" not in words[2]
+        )
         read = {name for name in {*given, *self._environment} if name.startswith(_READ_AT_START)}
         return known and all(given.get(name) == self._environment.get(name) for name in read)
 

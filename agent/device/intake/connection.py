@@ -33,14 +33,14 @@ FILE_SOURCE, MAX_FILES = "ingested file", 4096
 _READ_BYTES = 1 << 16
 # A single line costs twenty times as much as a line among others. Rows wait much longer for a commit anyway.
 _SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
-# Frames cost less: more of them are handled together.
-_FRAMES_READ_BYTES = 4 * _READ_BYTES
+# Frames of this size cost less: more are handled together. A small one costs as much as a line if it is rejected.
+_FRAMES_READ_BYTES, _LARGE_FRAME_BYTES = 4 * _READ_BYTES, 1024
 # Time that a producer which has closed its side has to read its last answers.
 _FLUSH_S = 3.0
-_OTHER_PROTOCOL = Refusal(
+_OTHER_PROTOCOL = (
     "this is not the intake protocol: the first line must be a JSON object or a frame; see docs/reference/intake.md"
 )
-_NO_TOKEN = Refusal('the first line on TCP must be {"token":"…"}, with the content of the file intake.token_file names')
+_NO_TOKEN = 'the first line on TCP must be {"token":"…"}, with the content of the file intake.token_file names'
 
 
 def client_source(name: str) -> str:
@@ -133,7 +133,7 @@ class ProducerConnection(asyncio.BufferedProtocol):
             else:
                 await self._start(partial + b"\n")
         elif self._token is not None and not self._started:
-            raise _NO_TOKEN
+            raise Refusal(_NO_TOKEN)
         else:
             self._is_cut_off = True
             self._group.count(CUT_COUNTER)
@@ -175,8 +175,8 @@ class ProducerConnection(asyncio.BufferedProtocol):
         try:
             items = self._splitter.split(data)
             if items:
-                is_only_frames = len(items) == 1 and isinstance(items[0], Frames)
-                self._read_bytes = len(self._buffer) - MAX_LINE_BYTES if is_only_frames else _READ_BYTES
+                has_large = isinstance(items[-1], Frames) and items[-1].size >= _LARGE_FRAME_BYTES
+                self._read_bytes = len(self._buffer) - MAX_LINE_BYTES if has_large and len(items) == 1 else _READ_BYTES
             self._add(items, self._now())
             self._finish_read(len(data))
         except Exception as error:
@@ -224,6 +224,8 @@ class ProducerConnection(asyncio.BufferedProtocol):
             self._end.set_result(None)
         else:
             self._end.set_exception(error)
+            # After a refusal nothing awaits it, and asyncio would log the exception.
+            self._end.exception()
 
     # --- answers ---
 
@@ -279,7 +281,7 @@ class ProducerConnection(asyncio.BufferedProtocol):
             if await self._read_hello(items[0][0]):
                 items[:1] = [items[0][1:]] if items[0][1:] else []
         elif self._token is not None:
-            raise _NO_TOKEN
+            raise Refusal(_NO_TOKEN)
         if not self._retired:
             self._add(items, now)
 
@@ -331,7 +333,7 @@ class ProducerConnection(asyncio.BufferedProtocol):
         except (msgspec.MsgspecError, ValueError, RecursionError):
             hello, members = _Hello(), []
         if self._token is not None and not hmac.compare_digest((hello.token or "").encode(), self._token.encode()):
-            raise _NO_TOKEN
+            raise Refusal(_NO_TOKEN)
         if hello.client is not None:
             self.name = hello.client
             self._line_count = await self._greet(self, hello.client, hello.forget is True)
@@ -346,7 +348,7 @@ def _check_first_bytes(data: bytes) -> None:
     """Check that a connection begins with a frame or a JSON object, after white space or a BOM. Raises Refusal."""
     first = data.lstrip()
     if first and not first.startswith((b"{", BOM[:1], MAGIC[:1])):
-        raise _OTHER_PROTOCOL
+        raise Refusal(_OTHER_PROTOCOL)
 
 
 def _is_json_object(line: bytes) -> bool:

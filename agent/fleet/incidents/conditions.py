@@ -131,8 +131,8 @@ def _check_unseen(view: DeviceView) -> Condition | None:
         return None
     enrolled = view.status.enrolled
     summary = (
-        f"Nothing has arrived from {view.device} since it was enrolled on {enrolled[:10]} {enrolled[11:19]} UTC. Run "
-        "`outstation check` there, or `outstation fleet remove` if it is not to come."
+        f"No valid message has arrived from {view.device} since it was enrolled on {enrolled[:10]} {enrolled[11:19]} "
+        "UTC. Run `outstation check` there, or `outstation fleet remove` if it is not to come."
     )
     return Condition(DEVICE_SILENT, view.device, summary, "warning")
 

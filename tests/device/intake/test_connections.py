@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import resource
 import socket
@@ -14,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from agent.client import Client
+from agent.client import Client, _encode_frame
 from agent.device.intake import listener, server
+from agent.device.intake.connection import _READ_BYTES, ProducerConnection
 from agent.device.intake.listener import ConnectionTable, Refusal, User, load_token
 from agent.errors import UsageError
 from agent.testing.broker import free_port
@@ -65,6 +68,40 @@ def test_eleven_hundred_idle_connections_leave_room_and_do_not_end_the_daemon(tm
         producer.send(ROW)
         assert producer.answer()["accepted"] == 1
         assert len(os.listdir(f"/proc/{killable.pid}/fd")) < listener.MAX_CONNECTIONS + 64
+
+
+def test_refused_connections_leave_neither_memory_nor_log_lines(
+    station: Station, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(10):
+        with socket.socket(socket.AF_UNIX) as attacker:
+            attacker.connect(str(station.socket))
+            attacker.sendall(b"GET / HTTP/1.1\r\n")
+    wait_for(lambda: station.intake.group_commit._counts["connections refused"] == 10, "the refusals")
+    wait_for(lambda: not station.intake._serve_tasks, "the ends of the connections")
+    gc.collect()
+    assert not [item for item in gc.get_objects() if isinstance(item, ProducerConnection)]
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("rows", "is_large"), [(1, False), (1000, True)])
+def test_many_small_frames_do_not_come_in_one_large_read(
+    station: Station, monkeypatch: pytest.MonkeyPatch, rows: int, is_large: bool
+) -> None:
+    sizes, get_buffer = [], ProducerConnection.get_buffer
+
+    def measure(self: ProducerConnection, sizehint: int) -> memoryview:
+        sizes.append(len(buffer := get_buffer(self, sizehint)))
+        return buffer
+
+    monkeypatch.setattr(ProducerConnection, "get_buffer", measure)
+    column = np.ones(rows, "<f4")
+    content = _encode_frame("watch", {"ax": column, "ay": column})
+    with station.line() as line:
+        for count in (1, 2, 3):
+            line.socket.sendall(content or b"")
+            line.through(count)
+    assert (max(sizes) > _READ_BYTES) is is_large
 
 
 class Idle:

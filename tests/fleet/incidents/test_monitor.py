@@ -124,6 +124,21 @@ def test_a_device_that_never_sent_anything_is_warned_of_after_a_day(store: Fleet
     assert fleet.messages() == [("silent", "raised"), ("silent", "cleared")]
 
 
+def test_a_device_that_is_enrolled_anew_has_a_day_from_then_on(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.at_s = DAY_S - 600
+    store.revoke("pi-00", None, fleet.time())
+    store.retire("pi-00", "eva", fleet.time())
+    store.enrol("pi-00", MessageSender("pi-00").key.public, replace=False, now=fleet.time())
+    fleet.run(1200)
+    assert "silent" not in [name for _, name, _ in fleet.open()]
+    fleet.at_s = 2 * DAY_S - 600
+    fleet.run(300)
+    assert ("pi-00", "silent", "warning") in fleet.open()
+    summaries = [incident.summary for incident in incidents.list_incidents(store, now=fleet.time())]
+    assert any("since it was enrolled on 2026-11-25 21:50:00 UTC" in summary for summary in summaries)
+
+
 def test_devices_are_not_silent_because_the_collector_was_off(store: FleetStore) -> None:
     fleet = Fleet(store)
     fleet.health()

@@ -13,7 +13,8 @@ from agent.fleet.database.interface import Connection, Row
 _STATUS = """
     SELECT k.device, k.enrolled, k.state, k.last_seen, k.active, k.log, m.payload, m.received
     FROM (
-        SELECT d.device, d.enrolled, d.state, d.last_seen, l.log,
+        SELECT d.device, coalesce((SELECT max(added) FROM keys WHERE device = d.device), d.enrolled) AS enrolled,
+               d.state, d.last_seen, l.log,
                EXISTS (SELECT 1 FROM keys WHERE device = d.device AND revoked IS NULL AND last_seq IS NULL)
                    AND NOT EXISTS (SELECT 1 FROM retired_devices r WHERE r.device = d.device) AS active,
                (SELECT max(seq) FROM messages h WHERE h.device = d.device AND h.log = l.log AND h.kind = 'health')
@@ -36,6 +37,7 @@ _LAST_SEQ = "SELECT max(seq) FROM incidents WHERE device = ? AND log = ? AND sou
 class DeviceStatus(msgspec.Struct, frozen=True):
     """A device as the collector knows it: `state` and `last_seen` are None before the first message.
 
+    `enrolled`: when its newest key was.
     `is_active`: it has a key that may sign, and nobody retired it.
     `health`: payload of the newest health message of its newest log, and when it arrived; None before the first.
     """
