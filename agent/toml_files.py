@@ -190,7 +190,7 @@ def _similar_entry(document: dict[str, Any], key: str) -> str:
     table: Any = document
     for part in outer:
         table = table.get(part) if isinstance(table, dict) else None
-    hint = did_you_mean(name, [other for other in table or {} if other != name])
+    hint = did_you_mean(name, [other for other in table or {} if other != name.partition("[")[0]])
     return hint if "did you mean" in hint else ""
 
 

@@ -118,3 +118,8 @@ def test_never_and_always_agree_with_the_numbers_of_a_range(sign: str, limit: fl
     holds = [eval(f"{number} {sign} {limit}") for number in numbers]
     assert comparison.never_holds(0.0, 1.0) == (not any(holds))
     assert comparison.always_holds(0.0, 1.0) == all(holds)
+
+
+def test_a_missing_key_of_a_rule_does_not_suggest_the_list_that_the_rule_is_in(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"alerts\[0\]\.name: this key is required; add it$"):
+        load(tmp_path, 'label = "a"')
