@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.cli.fleet import simulate_scenario
 from agent.errors import ConfigError, UsageError
 from agent.fleet.database.store import FleetStore
 from agent.fleet.usage import load_usages
@@ -269,3 +270,22 @@ def test_a_full_disk_under_the_log_is_no_failure_of_a_machine(capsys: pytest.Cap
     finally:
         machine_log.removeHandler(handler)
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_the_summary_says_that_devices_rejected_the_labels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document: dict[str, Any] = {
+        "events": [],
+        "rollouts": [],
+        "missed": 0,
+        "undelivered": [],
+        "devices": 1,
+        "messages": 9,
+    }
+    document |= {"false_alarms": {"n": 0, "budget": 0, "alerts": []}, "simulated_seconds": 9.0, "seconds": 1.0}
+    document |= {"messages_per_second": 9.0, "peak_bytes": 9, "rejected_labels": 610}
+    document["audit"] = {}
+    monkeypatch.setattr(simulate_scenario, "print_audit", lambda *_: None)
+    simulate_scenario._print_scenario(document)
+    assert "warning: devices rejected 610 labels: each must be a class of its model" in capsys.readouterr().out

@@ -137,6 +137,9 @@ def _print_scenario(document: dict[str, Any]) -> None:
         echo(f"… and {alarms['n'] - _MAX_SENTENCES} more; all with --json")
     missed = pluralize(document["missed"], "expected alert")
     echo(f"{pluralize(alarms['n'], 'false alarm')}, budget {alarms['budget']}; {missed} missed")
+    if document["rejected_labels"]:
+        rejected = pluralize(document["rejected_labels"], "label")
+        echo(f"warning: devices rejected {rejected}: each must be a class of its model, or a number for a regressor")
     if document["undelivered"]:
         echo(f"messages of {', '.join(document['undelivered'][:_MAX_SENTENCES])} were not delivered")
     echo(
