@@ -22,7 +22,7 @@ from agent.cli.output import emit
 from agent.errors import MessageRefused, UsageError
 from agent.extras import install_command
 from agent.quantities import parse_duration
-from agent.text import mask_password
+from agent.text import mask_password, pluralize
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -259,8 +259,9 @@ def _stamp_lines(document: dict[str, Any]) -> Iterable[str]:
 
 def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
     yield (
-        f"{document['out']}: {document['files']} files, of {document['messages']} messages, {document['incidents']} "
-        f"incidents, {document['decisions']} decisions and {document['bundles']} bundles as of {document['as_of']}"
+        f"{document['out']}: {document['files']} files, of {pluralize(document['messages'], 'message')}, "
+        f"{pluralize(document['incidents'], 'incident')}, {pluralize(document['decisions'], 'decision')} and "
+        f"{pluralize(document['bundles'], 'bundle')} as of {document['as_of']}"
     )
     for name, n in document["omitted"].items():
         yield f"  omitted: {n} {name} above the limit of a folder"

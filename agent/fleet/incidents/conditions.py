@@ -22,7 +22,7 @@ from agent.text import format_duration
 
 # A device is silent after this many of its health intervals, and a little for the way of the last one.
 SILENT_INTERVALS, SILENT_GRACE_S = 3, 30.0
-# A device that never sent anything is one after this time: it is installed after its enrolment.
+# A device that never sent anything is silent after this time: it is installed after its enrolment.
 UNSEEN_LIMIT_S = 86_400.0
 # Health messages that a backlog is judged by; so few waiting messages are no backlog.
 BACKLOG_MESSAGES, MIN_BACKLOG = 10, 100

@@ -121,7 +121,7 @@ def _group_keys(keys: Sequence[TrustedKey]) -> dict[str, Any]:
     device_keys = [key for key in keys if key.role == "device"]
     retired = [key for key in device_keys if key.revoked or key.last_valid_seq is not None]
     return {
-        "of_roles": [key for key in keys if key.role != "device"],
+        "roles": [key for key in keys if key.role != "device"],
         "signer": next(iter(operators), ""),
         "former_operators": operators[1:],
         "retired": retired,
