@@ -178,6 +178,12 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
         ('events = [{ kind = "gain", at = "2 h", fields = ["ax"] }]', r"events\[0\]\.at: after the end"),
         ('events = [{ kind = "gain", at = "2 s", fields = ["xa"] }]', r"events\[0\]\.fields: no field 'xa'"),
         ('events = [{ kind = "outage", at = "2 s", group = "si" }]', r"events\[0\]\.group: no group 'si'"),
+        (
+            'events = [{ kind = "outage", at = "2 s", expect = ["drfit"] }]',
+            r"\.expect: .*'drfit'; did you mean 'drift'",
+        ),
+        ('events = [{ kind = "clock", at = "2 s" }]', r"events\[0\]: a clock is either ahead or behind"),
+        ('events = [{ kind = "clock", at = "2 s", ahead = "2 h", behind = "1 h" }]', r"either ahead or behind"),
         ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[0\]\.devices: no device"),
         ('events = [{ kind = "outrage", at = "2 s" }]', "outrage"),
         ('start = "2020-01-01T00:00:00Z"', "start: before"),

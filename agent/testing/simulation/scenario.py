@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 
 from agent import clock, config
+from agent.alerts.kinds import KINDS
 from agent.config import Duration
 from agent.config.sources import ReplayFault
 from agent.device.store.clock_segments import STEP_US
@@ -199,6 +200,10 @@ class SkewedClock(Event, frozen=True, tag_field="kind", tag="clock"):
     @property
     def offset_us(self) -> int:
         return round((self.ahead - self.behind) * 1e6)
+
+    def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
+        if bool(self.ahead) == bool(self.behind):
+            raise ConfigError(file, key, "a clock is either ahead or behind: give one of them, above 0")
 
     def is_alert_due(self, lasted_s: float, health_interval_s: float, *, is_seen: bool = True) -> bool:
         # A smaller step is none, and a longer one is noticed by the next turn of the daemon.
@@ -405,6 +410,10 @@ def _check_event(scenario: Scenario, file: str, key: str, event: AnyEvent, names
         if not any(fnmatchcase(name, pattern) for name in names):
             known = next(iter(names))
             raise ConfigError(file, f"{key}.devices", f"no device {pattern!r}; the first one is {known!r}")
+    alerts = {kind.alert for kind in KINDS}
+    for alert in event.expect or ():
+        if alert not in alerts:
+            raise ConfigError(file, f"{key}.expect", f"no kind of alert is {alert!r}{did_you_mean(alert, alerts)}")
     if event.at >= scenario.duration:
         raise ConfigError(file, f"{key}.at", f"after the end of the scenario, duration = {scenario.duration:g} s")
     if not isinstance(event, CollectorOutage) and not scenario.select(event, names):
