@@ -89,6 +89,7 @@ def test_people_read_the_same(site: Site) -> None:
         "open fault  wz: repeats one value.",
         "learning its reference: 3 of at least 20, at most 80 drift windows, about ",
         "by labels of 60 results (",
+        "raised exercise  rows cannot be read back.",
     ):
         assert line in text, text
     assert "open drift  ay" not in text

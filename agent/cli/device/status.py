@@ -108,8 +108,10 @@ def print_document(document: dict[str, Any]) -> None:
     earlier = [alert for alert in document["alerts"] if alert["state"] != "raised" or _identify(alert) not in shown]
     if earlier or not document["alerts"]:
         echo("" if earlier else "\nNo alerts.")
+    names = {task["task"] for task in document["tasks"]}
     for alert in earlier:
-        _print_alert(alert, alert["state"], 0)
+        task = alert["id"].partition("/")[0]
+        _print_alert(alert, f"{alert['state']} {task}" if task in names else alert["state"], 0)
 
 
 def _print_text(text: str) -> None:

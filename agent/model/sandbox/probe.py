@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from agent.model.inference.runtime import TfliteModel
 
 
-# Added to the bundle's CPU seconds: starting Python takes time on a small board, and waiting takes no CPU.
-_GRACE_S = 10.0
+# Added to the bundle's CPU seconds: starting Python takes time on a small or busy board, and waiting takes no CPU.
+_GRACE_S = 30.0
 # Rows that are run alone and as a batch.
 _COMPARED_ROWS = 5
 # Rows of noise that show how the outputs behave.
