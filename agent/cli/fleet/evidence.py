@@ -124,7 +124,7 @@ def _make_folder(
     try:
         from agent.fleet.evidence.make import EvidenceSources, write_folder
     except ImportError as error:
-        raise UsageError(f"{error}; the bill of materials needs: {install_command('fleet')}") from None
+        raise UsageError(f"{error}; an evidence folder needs: {install_command('fleet')}") from None
     try:
         at = None if at is None else clock.to_rfc3339(clock.parse_rfc3339(at))
     except ValueError:
