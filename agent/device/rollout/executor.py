@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace as replace_task
 
 from msgspec.structs import replace
 
@@ -109,7 +108,7 @@ class RolloutExecutor:
         if canary.incumbent is None:
             return None
         # Rules may tolerate failures. The previous bundle answers this batch, and learns no drift from a single one.
-        return replace_task(canary.incumbent, drift_monitor=None, drift_state=None, batch_observer=canary)
+        return replace(canary.incumbent, drift_monitor=None, drift_state=None, batch_observer=canary)
 
     def plan_rollback(self, name: str, now: ClockReading) -> Effect | None:
         """Return the effect of an operator's `rollback` while a canary runs; None if none runs."""

@@ -237,7 +237,7 @@ def fill_disk():
 _ON_A_FULL_DISK = """\
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.errors import StorageFull
-from agent.wire.messages import encode
+from agent.wire.jws import encode
 from tests.device.capacity.test_space import Device
 
 device = Device(folder / "data", size=1 << 30)
