@@ -45,7 +45,7 @@ _OPTIONS = {
     "fault(": "--robustness measures faults",
     "without(": "--ablate measures it",
     "adversarial(": "--adversarial measures it",
-    "latency(": "--no-latency leaves it out",
+    "latency(": f"measured for {', '.join(map(str, BATCH_SIZES))} windows at a time, unless --no-latency is given",
     "float.": "--float MODEL measures it",
 }
 

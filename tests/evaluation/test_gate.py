@@ -102,7 +102,7 @@ def test_a_quantity_without_a_value_or_interval_is_not_met(evaluation: Evaluatio
         (">= 0.9", "is no requirement"),
         ("accuracy >= 0.9.1", "is no requirement"),
         ("acuracy >= 0.9", "no quantity 'acuracy'; did you mean 'accuracy'"),
-        ("latency(1).p95_ms <= 3", "--no-latency leaves it out"),
+        ("latency(1).p95_ms <= 3", "unless --no-latency is given"),
         ("slice(side=left).accuracy > 0", "--slice COL"),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_requirement_that_cannot_be_checked_is_refused(evaluation: Evaluation,
     [
         ("acuracy >= 0.9", "no quantity 'acuracy'; did you mean 'accuracy'"),
         ("class(PEM).recall > 0.5", "no quantity 'class(PEM).recall'; did you mean 'class(*).recall'"),
-        ("latency(3).p95_ms < 9", "no quantity 'latency(3).p95_ms'"),
+        ("latency(3).p95_ms < 9", "no quantity 'latency(3).p95_ms'; measured for 1, 8, "),
         ("slice(side=left).accuracy > 0", "--slice COL"),
         ("slice(wrist=left).accuracy > 0", "--slice COL"),
         ("fault(noise, 0.5 sd).accuracy > 0", "--robustness measures faults"),
