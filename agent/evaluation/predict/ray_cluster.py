@@ -5,6 +5,7 @@ An item whose worker dies goes to another worker. No other module imports `ray`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -83,7 +84,10 @@ class RayCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ray.shutdown()
+        # Without the head a shutdown waits until Ray ends this process, before the error is printed.
+        with contextlib.suppress(OSError):
+            _connect(self._ray.get_runtime_context().gcs_address)
+            self._ray.shutdown()
         self._stdout_redirect.__exit__(None, None, None)
 
     def map(self, config: WorkerConfig, items: Sequence[FileJob | WindowShard]) -> Iterator[WorkerResult]:
