@@ -108,14 +108,9 @@ def evaluate(
     label = label or ("label" if output is None else f"label_{output}")
     request = EvaluationRequest(data=data, label=label, output=output or "", **settings)
     _check_request(request, engine)
-    if about is not None and folder is None:
-        raise UsageError("--about is for the cards; name their folder with --card")
-    texts = cards.read_texts(about) if about else cards.CardTexts()
     chosen_gate = gate.read_gate(required)
-    if junit is not None and not chosen_gate.requirements and against is None:
-        raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
-    for path in filter(None, (html, junit, folder and folder / "MODEL_CARD.md")):
-        require_writable(path)
+    _check_files(html, folder, about, junit, has_requirements=bool(chosen_gate.requirements or against))
+    texts = cards.read_texts(about) if about else cards.CardTexts()
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
     gate.check_names(chosen_gate, loaded[0].manifest, request)
@@ -128,14 +123,10 @@ def evaluate(
         result = _compare(result, loaded, other, request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
-    texts_by_file = _render_files(result, texts, html, folder)
-    if junit is not None:
-        texts_by_file[junit] = gate.to_junit(result.requirements, loaded[0].manifest.name)
-    for path, text in texts_by_file.items():
-        write_text(path, text)
+    files = _write_files(result, texts, html, folder, junit)
     emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
     if not as_json:
-        for path in texts_by_file:
+        for path in files:
             echo(f"written: {path}")
     if any(requirement.state != "passed" for requirement in result.requirements):
         sys.exit(1)
@@ -153,15 +144,31 @@ def _check_request(request: EvaluationRequest, engine: str) -> None:
             raise UsageError(f"{path}: no such file")
 
 
-def _render_files(result: Evaluation, texts: CardTexts, html: Path | None, folder: Path | None) -> dict[Path, str]:
-    """Return the texts of the report and of the cards, by file."""
-    from agent.evaluation import cards, report
+def _check_files(
+    html: Path | None, folder: Path | None, about: Path | None, junit: Path | None, *, has_requirements: bool
+) -> None:
+    """Raise UsageError for files that have no use or cannot be written, before work that may take minutes."""
+    if about is not None and folder is None:
+        raise UsageError("--about is for the cards; name their folder with --card")
+    if junit is not None and not has_requirements:
+        raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
+    for path in filter(None, (html, junit, folder and folder / "MODEL_CARD.md")):
+        require_writable(path)
+
+
+def _write_files(
+    result: Evaluation, texts: CardTexts, html: Path | None, folder: Path | None, junit: Path | None
+) -> list[Path]:
+    """Write the report, the cards and the results of requirements, and return their files. Raises UsageError."""
+    from agent.evaluation import cards, gate, report
 
     texts_by_file = {html: report.render_html(result)} if html else {}
     if folder is not None:
         for name, card in cards.build_cards(result, texts).items():
             texts_by_file |= {folder / f"{name}.md": card.to_markdown(), folder / f"{name}.html": card.to_html()}
-    return texts_by_file
+    if junit is not None:
+        texts_by_file[junit] = gate.to_junit(result.requirements, result.model.name)
+    return [write_text(path, text) for path, text in texts_by_file.items()]
 
 
 def _with_min_count(request: EvaluationRequest, bundle: Bundle) -> EvaluationRequest:

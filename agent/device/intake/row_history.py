@@ -33,6 +33,8 @@ _FIRST_BITS = 16
 
 Hashes = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
+# Index of a row → reason, and what it is about.
+_Rejections = dict[int, tuple[str, str]]
 
 
 class LastValues(msgspec.Struct, frozen=True):
@@ -132,7 +134,7 @@ class ScreenedRows(msgspec.Struct, frozen=True):
     `latest`: the latest time of the producer afterwards.
     """
 
-    rejected: dict[int, tuple[str, str]]
+    rejected: _Rejections
     out_of_order: int
     history: RowHistory
     latest: LatestTime
@@ -162,9 +164,9 @@ def screen(
         late_run = 0 if producer_latest is None and not is_recording else history.late_run
         after = _advance(history, int(rows.t[-1]), now, late_run)
         return ScreenedRows({}, 0, after, measured if is_recording else LatestTime(int(rows.t[-1])))
-    rejected: dict[int, tuple[str, str]] = {}
-    out_of_order = np.zeros(len(rows), bool)
+    rejected: _Rejections = {}
     given = np.full(len(rows), has_time) if isinstance(has_time, bool) else has_time
+    out_of_order = np.zeros(len(rows), bool)
     latest, committed, recent = history.latest_us, history.committed_us, history.recent
     hashes: Hashes | None = None
     newest, newest_age = history.newest_us, history.newest_age + len(rows)
@@ -174,9 +176,7 @@ def screen(
         if committed is not None and t[0] < committed:
             out_of_order = given & (rows.t < committed)
         if not is_recording:
-            before = measured
-            late, measured = _find_late(rows.t, given, before, now, stream)
-            rejected |= {int(index): (LATE, "") for index in late}
+            before, measured = measured, _reject_late(rows.t, given, measured, now, stream, rejected)
             if producer_latest is None and _is_reset(before, measured, now):
                 latest = committed = measured.us
         if stream.rejects_duplicates:
@@ -185,9 +185,7 @@ def screen(
             if _may_repeat(t, newest):
                 # Read from the store once.
                 recent = recent or RecentRows.from_rows(load_recent(recent_rows(stream)), recent_rows(stream))
-                hashes = hash_rows(rows)
-                duplicates = _find_duplicates(rows, hashes, given & ~np.asarray(unknown), recent)
-                rejected |= {index: (DUPLICATE, "") for index in duplicates if index not in rejected}
+                hashes = _reject_duplicates(rows, given & ~np.asarray(unknown), recent, rejected)
         latest = last_us if latest is None else max(last_us, _not_after(latest, now))
         if newest is None or last_us >= newest or newest_age > recent_rows(stream):
             newest, newest_age = latest, 0
@@ -197,8 +195,8 @@ def screen(
     accepted = np.ones(len(rows), bool)
     accepted[list(rejected)] = False
     if recent is not None:
-        hashes = hash_rows(rows) if hashes is None else hashes
-        recent = recent.append(rows.t[accepted], hashes[accepted], recent_rows(stream))
+        new = (hash_rows(rows) if hashes is None else hashes)[accepted]
+        recent = recent.append(rows.t[accepted], new, recent_rows(stream))
     late_run = measured.late_run if producer_latest is None else history.late_run
     history = RowHistory(latest, committed, recent, last, newest, newest_age, late_run)
     return ScreenedRows(rejected, int(np.count_nonzero(out_of_order & accepted)), history, measured)
@@ -266,21 +264,29 @@ def _not_after(latest_us: int, now: ClockReading) -> int:
     return latest_us if now.quality == "unsynced" else min(latest_us, now.wall_us)
 
 
-def _find_late(
-    t: NDArray[np.int64], given: Mask, before: LatestTime, now: ClockReading, stream: StreamConfig
-) -> tuple[NDArray[np.intp], LatestTime]:
-    """Return the indices of late rows, and the latest time after these rows, some of which came with a time."""
+def _reject_late(
+    t: NDArray[np.int64],
+    given: Mask,
+    before: LatestTime,
+    now: ClockReading,
+    stream: StreamConfig,
+    rejected: _Rejections,
+) -> LatestTime:
+    """Add late rows to `rejected`, and return the latest time after these rows, some of which came with a time."""
     last_us = int(t[given][-1])
     if before.us is None:
-        return np.flatnonzero([]), LatestTime(last_us)
+        return LatestTime(last_us)
     latest_us = _not_after(before.us, now)
     late = np.flatnonzero(given & (t < latest_us - round(stream.allowed_lateness * 1e6)))
-    if len(late) < np.count_nonzero(given):
-        return late, LatestTime(max(latest_us, last_us))
     run = before.late_run + len(late)
-    if now.quality == "unsynced" and run >= MAX_LATE_RUN:
-        return late[: max(0, MAX_LATE_RUN - 1 - before.late_run)], LatestTime(last_us)
-    return late, LatestTime(latest_us, run)
+    if len(late) < np.count_nonzero(given):
+        latest = LatestTime(max(latest_us, last_us))
+    elif now.quality == "unsynced" and run >= MAX_LATE_RUN:
+        late, latest = late[: max(0, MAX_LATE_RUN - 1 - before.late_run)], LatestTime(last_us)
+    else:
+        latest = LatestTime(latest_us, run)
+    rejected |= {int(index): (LATE, "") for index in late}
+    return latest
 
 
 def _is_reset(before: LatestTime, after: LatestTime, now: ClockReading) -> bool:
@@ -293,16 +299,18 @@ def _may_repeat(t: NDArray[np.int64], newest_us: int | None) -> bool:
     return bool((newest_us is not None and t[0] <= newest_us) or (t[1:] <= t[:-1]).any())
 
 
-def _find_duplicates(rows: Rows, hashes: Hashes, comparable: Mask, recent: RecentRows) -> list[int]:
-    """Return the indices of comparable rows that are among the recent ones, or repeat in `rows`."""
-    candidates = np.flatnonzero(comparable)
+def _reject_duplicates(rows: Rows, comparable: Mask, recent: RecentRows, rejected: _Rejections) -> Hashes:
+    """Add comparable rows to `rejected` that are among the recent ones, or repeat in `rows`; return all hashes (n,)."""
+    hashes, candidates = hash_rows(rows), np.flatnonzero(comparable)
     if not len(candidates):
-        return []
+        return hashes
     values, t = hashes[candidates], rows.t[candidates]
     first = np.zeros(len(values), bool)
     first[np.unique(values, return_index=True)[1]] = True
     repeated = recent.find(values, int(t.min()), int(t.max())) | ~first
-    return [int(index) for index in candidates[repeated]]
+    for index in candidates[repeated]:
+        rejected.setdefault(int(index), (DUPLICATE, ""))
+    return hashes
 
 
 def _share_first_bits(hashes: Hashes, others: Hashes) -> Mask:
@@ -325,9 +333,7 @@ def _stepped_fields(stream: StreamConfig) -> list[tuple[int, FieldConfig]]:
     return [(index, field) for index, field in enumerate(stream.fields) if field.max_step is not None]
 
 
-def _reject_steps(
-    rows: Rows, stream: StreamConfig, last: LastValues, rejected: dict[int, tuple[str, str]]
-) -> LastValues:
+def _reject_steps(rows: Rows, stream: StreamConfig, last: LastValues, rejected: _Rejections) -> LastValues:
     """Add rows that jump to `rejected`, and return the last values after them.
 
     A value jumps if it is too far from the last accepted one and from the one before it: a spike costs one row, and a

@@ -20,7 +20,7 @@ from scripts.kit.rigged import KINDS, SHIPPED, TRAP_LIMIT, build_rigged_bundle, 
 from tests.kit.marks import crashing
 
 needs_schema = pytest.mark.skipif(
-    not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
+    not importlib.util.find_spec("ai_edge_litert"), reason="ai-edge-litert is missing: its schema rigs the models"
 )
 CALM = np.clip(readings(40), -3, 3)
 WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)

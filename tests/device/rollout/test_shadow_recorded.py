@@ -19,7 +19,7 @@ from scripts.kit.rigged import SHIPPED, build_rigged_bundle, write_bundle
 from tests.kit.shadow_devices import ShadowDevice
 
 pytestmark = pytest.mark.skipif(
-    not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
+    not importlib.util.find_spec("ai_edge_litert"), reason="ai-edge-litert is missing: its schema rigs the models"
 )
 RULES = CanaryRules(min_agreement=0.9, max_latency_ratio=3.0, max_accuracy_drop=0.05, max_error_growth=None)
 WINDOW, BATCHES, ROUNDS = 100, 24, 4
