@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 _COMMANDS = {"run": "agent.cli.device.run:run", "batch": "agent.cli.device.batch:batch"}
@@ -47,32 +46,8 @@ def import_command(place: str) -> Any:
     """Import `module:name`, after which garbage is collected again."""
     module, _, name = place.partition(":")
     command = getattr(importlib.import_module(module), name)
-    _resume_collection()
-    return command
-
-
-@contextlib.contextmanager
-def imported_meanwhile(module: str) -> Iterator[None]:
-    """Import a module in a thread, which does most of it while the caller waits for the disk."""
-    import threading
-
-    def import_quietly() -> None:
-        # Whoever imports it next gets the error.
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)
-
-    gc.disable()
-    thread = threading.Thread(target=import_quietly)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        _resume_collection()
-
-
-def _resume_collection() -> None:
     if not gc.isenabled():
         # Modules stay until the end: the first collection need not look through all that they hold.
         gc.freeze()
         gc.enable()
+    return command

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 from agent.bootstrap import device
-from agent.cli.direct import imported_meanwhile
 from agent.cli.output import emit, print_table
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 
@@ -13,13 +12,10 @@ from agent.device.machine.timekeeping import Timekeeper, make_clock
 def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
     """Process the backlog of `task`, or of all tasks, and print what was done. Raises UsageError, StorageError."""
     file, conf = device.load_config(config_file, task)
-    with contextlib.ExitStack() as stack:
-        # Opening waits for the disk.
-        with imported_meanwhile("agent.bootstrap.backlog"):
-            store = device.open_store(conf)
-            stack.callback(store.close)
-            message_log, now = device.open_message_log(file, conf, store), make_clock(store)
-            Timekeeper(store, message_log).tick(now())
+    with contextlib.closing(device.open_store(conf)) as store:
+        message_log, now = device.open_message_log(file, conf, store), make_clock(store)
+        Timekeeper(store, message_log).tick(now())
+        # Imported here: a wrong config or a locked store needs none of it.
         from agent.bootstrap import backlog
 
         names = [task] if task else list(conf.tasks)
