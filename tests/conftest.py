@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -174,8 +175,12 @@ def nothing_is_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
         # pytest keeps the arguments of the last test until it has ended.
         if isinstance(item, pytest.Function) and item.funcargs and item.path == request.path:
             item.funcargs.clear()
+    # A collection does nothing while another thread collects, which may wait for the end of a process.
+    deadline_s = time.monotonic() + 10
     gc.collect()
-    # It also keeps the last error, and with it what the failed test held.
+    while _model_processes() and time.monotonic() < deadline_s:
+        gc.collect()
+    # pytest also keeps the last error, and with it what the failed test held.
     assert not _model_processes() or request.session.testsfailed, "a model process is left running: close it"
 
 
