@@ -112,7 +112,7 @@ def drop_files(home: Path) -> None:
 def publish(url: str) -> None:
     with Link(BrokerConfig(url=url), "gateway") as link:
         tokens = {link.send(OutgoingMessage(topic, text.strip().encode())) for topic, text in blocks("message")}
-        # A socket that is closed with unread receipts resets the connection: the broker then drops what it has not read.
+        # Closing a socket with unread receipts resets the connection: the broker then drops unread messages.
         receipts: set[int] = set()
         wait_for(partial(has_receipts, link, receipts, tokens), "receipts of the broker")
 
