@@ -178,7 +178,7 @@ def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
     kids = set()
     for _ in range(2):
         code, answer = command(fleet, "pi-01", "rotate-key")
-        assert code == 0, answer
+        assert code == 0, json.dumps(answer)
         kids.add(answer["data"]["kid"])
         wait_until(
             "the collector knows the new key",
@@ -187,6 +187,8 @@ def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
         before = fleet.last_result_row("pi-01")
         wait_until("results under the new key", lambda: fleet.last_result_row("pi-01") > before)  # noqa: B023
         wait_until("the device knows that", lambda: device.log.read_text().count(KNOWN) == len(kids))
+        # The new key signs the last will of a new session: a command between both finds no subscriber.
+        wait_until("its new session", lambda: "connected to" in device.log.read_text().rpartition(KNOWN)[2])
     assert len(kids) == 2
     assert command(fleet, "pi-01", "report")[0] == 0
     device.kill()
