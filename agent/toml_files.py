@@ -223,7 +223,7 @@ def _replace(node: Any, path: list[str | int], value: Any) -> Any:
     """Return a copy of `node` whose part at `path` is `value`."""
     if not path:
         return value
-    inner = node.copy()
+    inner: Any = node.copy()
     inner[path[0]] = _replace(inner[path[0]], path[1:], value)
     return inner
 
