@@ -194,7 +194,7 @@ def _name_entries(
     message: str, struct_type: StructType, document: dict[str, Any], key_path: str, hook: DecodeHook
 ) -> str:
     """Return the key that `message` is about with the names of entries, for each of which msgspec writes `[...]`."""
-    path: list[str | int] = []
+    path: list[Any] = []
     for part in re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[\]]+", key_path):
         if part == "[...]":
             part, document = _find_invalid_entry(message, struct_type, document, path, hook)
@@ -203,7 +203,7 @@ def _name_entries(
 
 
 def _find_invalid_entry(
-    message: str, struct_type: StructType, document: dict[str, Any], path: list[str | int], hook: DecodeHook
+    message: str, struct_type: StructType, document: dict[str, Any], path: list[Any], hook: DecodeHook
 ) -> tuple[str, dict[str, Any]]:
     """Return the entry of the table at `path` that alone gives `message`, and the document without the others."""
     table: Any = document
@@ -219,11 +219,11 @@ def _find_invalid_entry(
     return "*", document
 
 
-def _replace(node: Any, path: list[str | int], value: Any) -> Any:
+def _replace(node: Any, path: list[Any], value: Any) -> Any:
     """Return a copy of `node` whose part at `path` is `value`."""
     if not path:
         return value
-    inner: Any = node.copy()
+    inner = node.copy()
     inner[path[0]] = _replace(inner[path[0]], path[1:], value)
     return inner
 
