@@ -265,7 +265,7 @@ def test_a_step_that_selects_too_few_devices_stops_the_run_before_it_starts(
         simulate("a", "good", plan=plan)
 
 
-def test_a_scenario_whose_labels_are_all_rejected_does_not_pass(simulate: Callable[..., dict[str, Any]]) -> None:
+def test_a_scenario_with_rejected_labels_only_fails(simulate: Callable[..., dict[str, Any]]) -> None:
     report = simulate(
         "a", "good", ends="held", duration="3 min", labels={"tiny": {"column": "a", "every": 1, "delay": "10 s"}}
     )
