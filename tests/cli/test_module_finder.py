@@ -13,11 +13,11 @@ from agent.cli.module_finder import ModuleFinder
 
 @pytest.mark.parametrize("name", ["agent.clock", "agent.cli.direct", "agent.drift", "agent.device.store.tables"])
 def test_a_module_and_a_package_have_the_spec_of_the_standard_finder(name: str) -> None:
-    found, standard = ModuleFinder.find_spec(name, None), importlib.util.find_spec(name)
-    assert found is not None
+    spec, standard = ModuleFinder.find_spec(name, None), importlib.util.find_spec(name)
+    assert spec is not None
     assert standard is not None
-    assert (found.origin, found.cached, found.parent) == (standard.origin, standard.cached, standard.parent)
-    assert found.submodule_search_locations == standard.submodule_search_locations
+    assert (spec.origin, spec.cached, spec.parent) == (standard.origin, standard.cached, standard.parent)
+    assert spec.submodule_search_locations == standard.submodule_search_locations
 
 
 @pytest.mark.parametrize("name", ["agent.missing", "agent.kernel.kernel", "agentless.clock", "json.decoder"])

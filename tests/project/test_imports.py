@@ -391,10 +391,8 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
             "agent.cli.device.run",
             {"agent.fleet", "agent.simulate", "apscheduler", "click", "cryptography.x509", "sqlite_utils", "tuf"},
         ),
-        # The rest is imported while the store is opened.
-        ("agent.cli.device.batch", {"agent.device.pipeline", "agent.drift", "click"}),
         (
-            "agent.bootstrap.backlog",
+            "agent.cli.device.batch",
             {
                 "agent.device.commands.wipe",
                 "agent.device.daemon",
