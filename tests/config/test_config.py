@@ -176,6 +176,7 @@ def test_a_bundle_with_a_slash_is_a_path(tmp_path: Path) -> None:
         ),
         (STREAM + TASK + 'shedule = "every 1 s"', "tasks.exercise.shedule", "did you mean 'schedule'?"),
         (STREAM + TASK + "publish = { bellow = 1 }", "tasks.exercise.publish.bellow", "did you mean 'below_score'?"),
+        (STREAM + TASK + "slices = [{ feild = 'ax', edges = [0] }]", "tasks.exercise.slices[0].feild", "mean 'field'?"),
         ("[task.exercise]\nstream = 'x'", "task", "unknown key; did you mean 'tasks'?"),
     ],
 )
@@ -322,7 +323,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "tasks.exercise.stream",
             "unknown stream 'wacth'; did you mean 'watch'?",
         ),
-        (TASK, "tasks.exercise.stream", "unknown stream 'watch'; there is none"),
+        (
+            TASK,
+            "tasks.exercise.stream",
+            "unknown stream 'watch'; the config has no stream; add a section [streams.NAME]",
+        ),
         (STREAM + "[tasks.a]\nstream = 'watch'", "tasks.a.bundle", "this key is required; add it"),
         (
             STREAM + "[tasks.pump]\nstream = 'watch'\nbundle = 'x'\n[[tasks.pmp.alerts]]\nname = 'a'\nlabel = 'b'",
@@ -334,6 +339,8 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be positive"),
         (STREAM + TASK + "deadline = 2", "tasks.exercise.deadline", "must be a number with a unit"),
         (STREAM + TASK + "learn_windows = 5", "tasks.exercise.learn_windows", "must be at least 20"),
+        (STREAM + "privacy = { round = { ay = 1, ax = 'x' } }", "streams.watch.privacy.round.ax", "must be a number"),
+        (STREAM + TASK + "inputs = { a = { stream = 'watch' }, b = 1 }", "tasks.exercise.inputs.b", "must be a table"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_the_fix(tmp_path: Path, text: str, key: str, message: str) -> None:
