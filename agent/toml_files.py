@@ -133,8 +133,8 @@ def encode_key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else encode_value(name)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` if a known word is close, else a list of the known words."""
+def did_you_mean(word: str, known: Iterable[str], none: str = "there is none") -> str:
+    """Return `"; did you mean 'x'?"` if a known word is close, else a list of the known words, or `none`."""
     names = sorted(known)
     # Imported here: only mistakes need it.
     import difflib
@@ -143,7 +143,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"; there is {', '.join(names[:12])}{more}" if names else "; there is none"
+    return f"; there is {', '.join(names[:12])}{more}" if names else f"; {none}"
 
 
 def _to_config_error(

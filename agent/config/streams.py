@@ -17,6 +17,7 @@ from agent.toml_files import Section, did_you_mean
 
 # Limit for fields listed by hand; image and sound sources define their own.
 MAX_FIELDS = 256
+NO_STREAM = "the config has no stream; add a section [streams.NAME], see docs/reference/config.md"
 
 
 class FieldConfig(Section, frozen=True):

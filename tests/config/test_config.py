@@ -315,7 +315,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "tasks.exercise.stream",
             "unknown stream 'wacth'; did you mean 'watch'?",
         ),
-        (TASK, "tasks.exercise.stream", "unknown stream 'watch'; there is none"),
+        (
+            TASK,
+            "tasks.exercise.stream",
+            "unknown stream 'watch'; the config has no stream; add a section [streams.NAME]",
+        ),
         (STREAM + "[tasks.a]\nstream = 'watch'", "tasks.a.bundle", "this key is required; add it"),
         (
             STREAM + "[tasks.pump]\nstream = 'watch'\nbundle = 'x'\n[[tasks.pmp.alerts]]\nname = 'a'\nlabel = 'b'",

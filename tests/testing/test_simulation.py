@@ -137,7 +137,7 @@ def test_a_full_disk_behind_small_commits_is_survived_and_the_page_shows_each_se
         document = report.build(chosen, outcome, simulation.store)
     assert outcome.audit.passed, outcome.audit.to_dict()
     # The recording goes on through the full disk: its rows are stored when there is space again.
-    assert outcome.rows >= 2 * 228
+    assert outcome.rows["watch"].accepted >= 2 * 228
     assert [event["settings"] for event in document["events"]] == [
         {},
         {"behind": 7200.0, "synced": False},
@@ -168,7 +168,7 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
         fleet.run("15 s")
         devices = fleet._simulation.devices.values()
         read_counts = [device._feeds["watch"]._count for device in devices]
-    assert [device.rows for device in devices] == read_counts
+    assert [device.rows["watch"].accepted for device in devices] == read_counts
     assert min(read_counts) > 50
 
 
@@ -285,7 +285,7 @@ def test_the_summary_says_that_devices_rejected_the_labels(
         "events": [],
         "rollouts": [],
         "missed": 0,
-        "undelivered": [],
+        "problems": ["Devices rejected all 610 labels of task tiny: up is no class."],
         "devices": 1,
         "messages": 9,
     }
@@ -294,4 +294,6 @@ def test_the_summary_says_that_devices_rejected_the_labels(
     document["audit"] = {}
     monkeypatch.setattr(simulate_scenario, "print_audit", lambda *_: None)
     simulate_scenario._print_scenario(document)
-    assert "warning: devices rejected 610 labels: each must be a class of its model" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "warning: devices rejected 610 labels: each must be a class of its model" in shown
+    assert "not passed: Devices rejected all 610 labels of task tiny: up is no class." in shown

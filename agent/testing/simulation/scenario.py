@@ -13,6 +13,8 @@ from agent import clock, config
 from agent.alerts.kinds import KINDS
 from agent.config import Duration
 from agent.config.sources import ReplayFault
+from agent.config.streams import NO_STREAM
+from agent.config.tasks import NO_TASK
 from agent.device.store.clock_segments import STEP_US
 from agent.errors import ConfigError
 from agent.fleet.incidents.conditions import UNSEEN_LIMIT_S, silence_limit_s
@@ -95,7 +97,9 @@ class SensorFault(Event, frozen=True, kw_only=True):
 
     def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
         if self.stream and self.stream not in fields:
-            raise ConfigError(file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields)}")
+            raise ConfigError(
+                file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields, NO_STREAM)}"
+            )
         known = [name for stream, names in fields.items() if self.stream in ("", stream) for name in names]
         for name in self.fields:
             if name not in known:
@@ -160,7 +164,9 @@ class Silence(Event, frozen=True, tag_field="kind", tag="silence"):
 
     def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
         if self.stream and self.stream not in fields:
-            raise ConfigError(file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields)}")
+            raise ConfigError(
+                file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields, NO_STREAM)}"
+            )
 
 
 class Outage(Event, frozen=True, tag_field="kind", tag="outage"):
@@ -362,7 +368,7 @@ def _resolve_rollout(
         problem = "a simulation measures no inference time: it would be this machine's, not the device's; leave it out"
         raise plan.config_error(f"{limited[0]}.max_latency_ratio", problem)
     if draft.task not in tasks:
-        problem = f"no task {draft.task!r} in the config of the devices{did_you_mean(draft.task, tasks)}"
+        problem = f"no task {draft.task!r} in the config of the devices{did_you_mean(draft.task, tasks, NO_TASK)}"
         raise plan.config_error("rollout.task", problem)
     kind, _, name = draft.target.partition(":")
     known = {"all": [""], "group": [*scenario.groups, *groups], "device": [*scenario.device_names()]}[kind]
@@ -400,7 +406,9 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
         raise ConfigError(file, "events", "two roll-outs have the same plan; each needs a name of its own")
     for task in scenario.labels:
         if task not in tasks:
-            raise ConfigError(file, f"labels.{task}", f"no task {task!r} in the config{did_you_mean(task, tasks)}")
+            raise ConfigError(
+                file, f"labels.{task}", f"no task {task!r} in the config{did_you_mean(task, tasks, NO_TASK)}"
+            )
 
 
 def _check_event(scenario: Scenario, file: str, key: str, event: AnyEvent, names: dict[str, str]) -> None:
