@@ -136,7 +136,7 @@ def build_commands(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
     roles = [{"rolename": name} for name in _role_names(change)]
     if change.access == "removed":
         return [{"command": "deleteClient", "username": client}, {"command": "deleteRole", "rolename": own}]
-    commands = [
+    commands: list[dict[str, Any]] = [
         {"command": "createClient", "username": client, "roles": roles},
         {"command": "modifyClient", "username": client, "roles": roles},
         {"command": "disableClient" if change.access == "none" else "enableClient", "username": client},
