@@ -114,7 +114,7 @@ def test_every_command_prints_through_the_escaping_functions() -> None:
         ("", 0),
     ],
 )
-def test_wide_and_combining_characters_are_counted_in_columns(text: str, columns: int) -> None:
+def test_double_width_and_combining_characters_are_counted_in_columns(text: str, columns: int) -> None:
     assert count_columns(text) == columns
     assert [pad(text, columns + 3), pad(text, columns + 3, right=True)] == [f"{text}   ", f"   {text}"]
     assert pad(text, 0) == text
