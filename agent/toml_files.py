@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable
@@ -40,6 +41,7 @@ def read(
     try:
         text = input_files.read_text(path)
         document = tomllib.loads(text)
+        _require_finite(path, "", document)
     except FileNotFoundError:
         raise ConfigError(str(path), "", f"no such file; {missing}") from None
     except OSError as error:
@@ -57,6 +59,18 @@ def read(
         return decoders.convert(document, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
         raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
+
+
+def _require_finite(path: Path, key: str, value: Any) -> None:
+    """Raise ConfigError for nan and inf: limits that nothing meets, and JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(str(path), key, f"is {value}; give a finite number")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _require_finite(path, f"{key}.{name}" if key else name, inner)
+    if isinstance(value, list):
+        for index, inner in enumerate(value):
+            _require_finite(path, f"{key}[{index}]", inner)
 
 
 def _describe_syntax(problem: str, text: str) -> str:
@@ -159,10 +173,11 @@ def _to_config_error(
         for node in _resolve_types(struct_type, where):
             if isinstance(node, msgspec.inspect.StructType):
                 names |= {*(f.encode_name for f in node.fields), *filter(None, [node.tag_field])}
-        known = sorted(names)
-        return ConfigError(
-            file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{did_you_mean(unknown[1], known)}"
-        )
+        name = unknown[1]
+        # A union of sections by kind: `names` are the keys of all kinds.
+        hint = "; sections of another kind have it, this one does not: remove it"
+        text = "unknown key" + (hint if name in names else did_you_mean(name, names))
+        return ConfigError(file, f"{key}.{name}" if key else name, text)
     missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
     if missing:
         hint = _similar_entry(document, key)

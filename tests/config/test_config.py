@@ -231,7 +231,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "streams.a.fields",
             "are defined by the source's image or sound; remove them",
         ),
-        (MADE.format("image = { width = 9, height = 9, scale = nan }"), "streams.a.source.image", "must be finite"),
+        (
+            MADE.format("image = { width = 9, height = 9, scale = nan }"),
+            "streams.a.source.image.scale",
+            "is nan; give a finite number",
+        ),
         (MADE.format("image = { width = 9 }"), "streams.a.source.image.height", "this key is required; add it"),
         (MADE.format("image = { width = 9, hieght = 9 }"), "streams.a.source.image.hieght", "did you mean 'height'?"),
         (MADE.format("sound = " + SOUND.replace("8 }", "8, low = 9000 }")), "streams.a.source.sound", "within half"),
@@ -254,7 +258,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "streams.watch.fields",
             "min 2 is above max 1",
         ),
-        ("[streams.watch]\nfields = [{ name = 'a', max = inf }]", "streams.watch.fields", "must be finite"),
+        (
+            "[streams.watch]\nfields = [{ name = 'a', max = inf }]",
+            "streams.watch.fields[0].max",
+            "is inf; give a finite number",
+        ),
         (
             "[streams.watch]\nfields = [{ name = 'a', type = 'f16' }]",
             "streams.watch.fields[0].type",

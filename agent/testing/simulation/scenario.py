@@ -44,7 +44,7 @@ class Event(Section, frozen=True):
 
     at: Duration
     lasts: Duration | None = None
-    devices: list[str] = msgspec.field(default_factory=list)
+    devices: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(default_factory=list)
     group: str = ""
     expect: list[str] | None = None
     default_expect: ClassVar[tuple[str, ...]] = ()
@@ -84,6 +84,7 @@ class SensorFault(Event, frozen=True, kw_only=True):
     stream: str = ""
     amount: float = 0.0
     over: Duration = Duration(0.0)
+    neutral_amount: ClassVar[float | None] = None
     default_expect: ClassVar[tuple[str, ...]] = _SENSOR_ALERTS
 
     @property
@@ -106,16 +107,25 @@ class SensorFault(Event, frozen=True, kw_only=True):
                 raise ConfigError(file, f"{key}.fields", f"no field {name!r}{did_you_mean(name, known)}")
         if self.kind == "swap" and len(set(self.fields)) != 2:
             raise ConfigError(file, f"{key}.fields", f"swap needs two fields, not {len(set(self.fields))}")
-        if self.kind in ("quantize", "saturate") and not self.amount > 0:
+        if self.kind in ("quantize", "saturate", "noise") and not self.amount > 0:
             raise ConfigError(file, f"{key}.amount", f"{self.kind} needs an amount above 0")
+        if self.amount == self.neutral_amount:
+            raise ConfigError(file, f"{key}.amount", f"{self.kind} by {self.amount:g} changes nothing; give an amount")
 
 
-class Gain(SensorFault, frozen=True, tag_field="kind", tag="gain"):
+class Gain(SensorFault, frozen=True, kw_only=True, tag_field="kind", tag="gain"):
     """Readings times `amount`."""
+
+    amount: float = 1.0
+    # Again, since reports list keys in the order of their definition.
+    over: Duration = Duration(0.0)
+    neutral_amount: ClassVar[float | None] = 1.0
 
 
 class Offset(SensorFault, frozen=True, tag_field="kind", tag="offset"):
     """Readings plus `amount`."""
+
+    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Stuck(SensorFault, frozen=True, tag_field="kind", tag="stuck"):
@@ -139,6 +149,8 @@ class Missing(SensorFault, frozen=True, tag_field="kind", tag="missing"):
 
 class Spikes(SensorFault, frozen=True, tag_field="kind", tag="spikes"):
     """One reading in a hundred is higher by `amount`."""
+
+    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Saturate(SensorFault, frozen=True, tag_field="kind", tag="saturate"):
@@ -390,6 +402,8 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
     if start_us < clock.BUILD_FLOOR_US:
         floor = clock.to_rfc3339(clock.BUILD_FLOOR_US)
         raise ConfigError(file, "start", f"before {floor}, when this program was built: no device would believe it")
+    if scenario.duration <= 0:
+        raise ConfigError(file, "duration", 'must be above 0, such as "2 h"')
     for name in scenario.groups:
         if not is_name(name):
             raise ConfigError(file, f"groups.{name}", "must be 1-60 of a-z 0-9 . _ - , first a letter or digit")
