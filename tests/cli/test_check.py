@@ -47,8 +47,8 @@ def test_a_disk_that_cannot_hold_the_store_is_a_warning(tmp_path: Path) -> None:
     file = device(tmp_path, "")
     for limit, state in (("64 MiB", "ok"), ("900 TiB", "warning")):
         file.write_text(file.read_text().partition("[buffer]")[0] + f'[buffer]\nmax_size = "{limit}"\n')
-        found = json.loads(call_outstation("check", "-c", str(file), "--json").stdout)
-        [check] = [check for check in found if check["name"] == "storage"]
+        results = json.loads(call_outstation("check", "-c", str(file), "--json").stdout)
+        [check] = [check for check in results if check["name"] == "storage"]
         assert (check["state"], "lower [buffer] max_size" in check["detail"]) == (state, state == "warning")
 
 
