@@ -45,7 +45,7 @@ from agent.kernel import library
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
-from agent.text import printable
+from agent.text import count_columns, pad, printable
 
 _FETCH_TIMEOUT_S = 20.0
 # Of the bytes of a message, with `[broker] compress`.
@@ -388,8 +388,8 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
 
 
 def _print(results: list[CheckResult]) -> None:
-    width = max(len(result.name) for result in results)
+    width = max(count_columns(printable(result.name)) for result in results)
     for result in results:
         state = click.style(result.state.ljust(7), fg=STATE_COLORS[result.state])
-        line = f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}"
+        line = f"{state}  {pad(printable(result.name), width)}  {printable(result.detail)}"
         echo_wrapped(line, width + 11, in_terminal_only=True)
