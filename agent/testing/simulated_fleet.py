@@ -124,7 +124,7 @@ class SimulatedFleet:
         return matches[0] if matches else {}
 
     def alerts(self, device: str = "") -> list[dict[str, Any]]:
-        """Return all alerts that the collector has, raised and cleared, oldest first. Raises UsageError for an unknown device."""
+        """Return all alerts that the collector has, raised and cleared, oldest first. Raises UsageError."""
         self._require(device)
         return self._simulation.store.alerts(device or None, closed=True)
 
