@@ -43,6 +43,15 @@ def finding(file: Path) -> tuple[int, dict[str, str]]:
     return done.returncode, result
 
 
+def test_files_that_the_watcher_of_a_folder_leaves_unread_are_counted(tmp_path: Path) -> None:
+    file = device(tmp_path, '[streams.watch]\nfields = [{ name = "a" }]\nsource = { kind = "files", folder = "in" }\n')
+    assert finding(file)[1]["detail"] == f"tables, of the files in {tmp_path / 'in'}"
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "b.CSV", ".hidden", "c.csv.gz", "d.txt"):
+        (tmp_path / "in" / name).write_text("a\n1\n")
+    assert ".jsonl, .ndjson, .parquet; 2 stay there unread, such as c.csv.gz" in finding(file)[1]["detail"]
+
+
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
