@@ -147,8 +147,8 @@ def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> Non
         echo(f"  line {line}: {reason}")
     if len(rejected) > _MAX_SHOWN:
         echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
-    for part in dict.fromkeys(part for reason in rejected.values() for part in _REMEDIES if part in reason):
-        echo(f"What to do: {_REMEDIES[part]}")
+    for remedy in dict.fromkeys(text for r in rejected.values() for part, text in _REMEDIES.items() if part in r):
+        echo(f"What to do: {remedy}")
 
 
 def require_writable(file: Path) -> None:
