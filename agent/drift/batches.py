@@ -64,7 +64,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         """Measure what does not depend on the model's answers: most of the time that the windows take."""
         each = max(1, max_rows_per_pass(batch) // self.n)
         indices = (slice(at, min(at + each, self.windows)) for at in range(0, self.windows, each))
-        return MeasuredWindows(self, [self._measure_part(shipped, batch, index) for index in indices])
+        return MeasuredWindows(self, batch.first_row, [self._measure_part(shipped, batch, index) for index in indices])
 
     def _measure_part(self, shipped: Reference, batch: Batch, index: slice) -> MeasuredPart:
         part = batch.slice_windows(self._model_windows(index), shipped)
@@ -82,11 +82,11 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         measured: MeasuredWindows | None,
         assign_classes: Callable[[WindowStatistics, Ints], Ints],
     ) -> FullWindows:
-        """Summarize them; `measured` may be of other windows, and is then not used.
+        """Summarize them; `measured` may be of other windows or rows, and is then not used.
 
         `assign_classes` maps statistics of model windows and the named classes to the classes they are compared with.
         """
-        if measured is None or not measured.windows.equals(self):
+        if measured is None or measured.first_row != batch.first_row or not measured.windows.equals(self):
             measured = self.measure(shipped, batch)
         parts = [self._summarize_part(shipped, batch, part, assign_classes) for part in measured.parts]
         begin, end = self.begin, self.begin + self.n - 1
@@ -138,9 +138,10 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
 
 
 class MeasuredWindows(msgspec.Struct, frozen=True, eq=False):
-    """Complete windows, measured in parts."""
+    """Complete windows of a batch from row `first_row` on, measured in parts."""
 
     windows: CompleteWindows
+    first_row: int
     parts: Sequence[MeasuredPart]
 
 
