@@ -142,11 +142,10 @@ class Session:
             raise LinkDown(f"the broker confirmed nothing for {_RECEIPT_TIMEOUT_S:.0f} s")
 
     def announce_end(self) -> None:
-        """Publish that this publisher is offline. If the broker is slow, the Will of the connection does it."""
+        """Publish that this publisher is offline, before the link is closed. On a lost one the Will does it."""
         self._waiting = {self._place.status_topic: OFFLINE}
         self._in_flight.clear()
         self._send()
-        self._link.receive(0.5)
 
     def _take_news(self) -> None:
         for report in self._source.poll():

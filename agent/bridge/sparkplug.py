@@ -121,7 +121,6 @@ class Session:
         """Say that the node ends: a host does not get the Will of a connection that is closed in order."""
         topic = self._node.topic("NDEATH")
         self._link.send(OutgoingMessage(topic, death, content_type=_CONTENT_TYPE))
-        self._link.receive(0.5)
 
     def tick(self, timeout_s: float) -> None:
         """Publish news of the devices when they are due, and wait up to `timeout_s` for commands. Raises LinkDown."""

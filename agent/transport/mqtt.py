@@ -43,6 +43,9 @@ from agent.wire.jws import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
 KEEP_ALIVE_S = 60
+# For a slow mobile network; a broker nearby takes a millisecond.
+_CLOSE_TIMEOUT_S = 2.0
+_DISCARDED_BYTES = 64 << 10
 # In struct tcp_info of linux/tcp.h: bytes acknowledged and received, segments sent and received; bytes sent.
 _TCP_COUNTS, _TCP_COUNTS_AT, _TCP_SENT_AT, _TCP_INFO_SIZE = struct.Struct("=QQII"), 120, 200, 216
 _HEADER_BYTES = {socket.AF_INET: 52, socket.AF_INET6: 72}
@@ -210,12 +213,10 @@ class Link:
             self._wake_sender.send(b"!")
 
     def close(self) -> None:
-        """Send DISCONNECT and close, so that the broker drops the Will."""
+        """Send DISCONNECT and close once the broker has read all that was sent; it drops the Will."""
         try:
             if self._lost_reason is None:
-                self._client.disconnect()
-                with contextlib.suppress(LinkDown):
-                    self._tick(0.0)
+                self._disconnect()
         finally:
             self._release()
 
@@ -228,6 +229,30 @@ class Link:
     def drop(self) -> None:
         """Cut the connection without DISCONNECT, so that the broker publishes the Will."""
         self._release()
+
+    def _disconnect(self) -> None:
+        """Send DISCONNECT, and wait until the broker closes the connection, up to `_CLOSE_TIMEOUT_S`.
+
+        A socket that is closed with unread receipts resets the connection: the broker then drops what it has not read,
+        DISCONNECT included, and publishes the Will.
+        """
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        try:
+            # paho closes its own descriptor as soon as it has written DISCONNECT.
+            connection = socket.fromfd(self.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+        except OSError:
+            self._client.disconnect()
+            return
+        with connection, contextlib.suppress(OSError):
+            self._client.disconnect()
+            while self._lost_reason is None and (left := deadline - time.monotonic()) > 0:
+                self._tick(left)
+            connection.shutdown(socket.SHUT_WR)
+            readable = select.poll()
+            readable.register(connection, select.POLLIN)
+            while (left := deadline - time.monotonic()) > 0 and readable.poll(left * 1000):
+                if not connection.recv(_DISCARDED_BYTES):
+                    break
 
     def _make_client(
         self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None, timeout_s: float

@@ -27,10 +27,11 @@ from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage, PublishReceipt
+from agent.transport.packets import OutgoingMessage
 from scripts import benchmarks, scale_documents
 from scripts.benchmarks import Report, Result, Section, benchmark, page
 from scripts.kit import postgres
+from scripts.kit.broker_client import publish_all
 from scripts.kit.postgres import PostgresServer
 from scripts.kit.process_stats import cpu_s, running_s
 from scripts.scale_documents import CollectorCosts, KillTrial, Measurements
@@ -256,13 +257,5 @@ def _count_publish_bytes(message: OutgoingMessage) -> int:
 
 
 def _publish(url: str, sent: Sequence[SignedMessage]) -> None:
-    link = Link(BrokerConfig(url=url), "devices")
-    waiting = 0
-    for message in sent:
-        link.send(message.to_outgoing())
-        waiting += 1
-        while waiting >= link.window:
-            waiting -= sum(isinstance(event, PublishReceipt) for event in link.receive(1.0))
-    while waiting:
-        waiting -= sum(isinstance(event, PublishReceipt) for event in link.receive(1.0))
-    link.close()
+    with Link(BrokerConfig(url=url), "devices") as link:
+        publish_all(link, [message.to_outgoing() for message in sent])

@@ -18,6 +18,7 @@ from agent.wire.keys import SigningKey
 from scripts.faults import fault
 from scripts.faults.patience import pause, wait_until
 from scripts.faults.world import DEVICE, World
+from scripts.kit.broker_client import publish_all
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
 _ACK = f"{_BASE}/ack"
@@ -48,16 +49,8 @@ def _refused(world: World) -> int:
 
 def _publish(world: World, hostile: Sequence[OutgoingMessage]) -> None:
     """Publish as an authorized client that respects its send window."""
-    link = Link(world.fleet.config.broker, f"stranger-{uuid.uuid4()}")
-    under_way, left = 0, list(reversed(hostile))
-    try:
-        while left or under_way:
-            while left and under_way < link.window:
-                link.send(left.pop())
-                under_way += 1
-            under_way -= sum(isinstance(event, PublishReceipt) for event in link.receive(5.0))
-    finally:
-        link.close()
+    with Link(world.fleet.config.broker, f"stranger-{uuid.uuid4()}") as link:
+        publish_all(link, hostile)
 
 
 def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage]) -> None:

@@ -27,7 +27,6 @@ from agent.fleet.database.store import FleetStore
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import MessageSender, SignedMessage
 from agent.transport.mqtt import Link
-from agent.transport.packets import PublishReceipt
 from tests.kit.stations import wait_for
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -245,11 +244,9 @@ def watched(tmp_path: Path, broker: MosquittoBroker) -> Path:
 
 def send(broker: MosquittoBroker, *sent: SignedMessage) -> None:
     """Publish with retain, so that the order of subscriptions does not matter."""
-    link = Link(BrokerConfig(url=broker.url), "sender")
-    tokens = {link.send(item.to_outgoing(retain=True)) for item in sent}
-    while tokens:
-        tokens -= {event.token for event in link.receive(1.0) if isinstance(event, PublishReceipt)}
-    link.close()
+    with Link(BrokerConfig(url=broker.url), "sender") as link:
+        for item in sent:
+            link.send(item.to_outgoing(retain=True))
 
 
 def test_watch_prints_verdicts_and_escapes_control_characters(watched: Path, broker: MosquittoBroker) -> None:

@@ -51,12 +51,12 @@ def test_the_stream_proposed_from_a_file_takes_the_file_by_the_command_that_is_s
 
 
 def publish(broker: MosquittoBroker, messages: list[tuple[str, Any]], stop: threading.Event) -> None:
-    link = Link(BrokerConfig(url=broker.url), "sensor")
-    while not stop.wait(0.1):
-        for topic, payload in messages:
-            link.send(OutgoingMessage(topic, payload if isinstance(payload, bytes) else json.dumps(payload).encode()))
-        link.receive(0.05)
-    link.close()
+    with Link(BrokerConfig(url=broker.url), "sensor") as link:
+        while not stop.wait(0.1):
+            for topic, payload in messages:
+                encoded = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+                link.send(OutgoingMessage(topic, encoded))
+            link.receive(0.05)
 
 
 def test_a_stream_is_proposed_from_messages_of_a_broker_with_paths_and_levels_of_the_topic(tmp_path: Path) -> None:

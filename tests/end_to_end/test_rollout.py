@@ -74,10 +74,8 @@ def leave(fleet: LocalFleet, topic: str, tasks: dict[str, Any]) -> None:
     head = {"v": 1, "kind": "desired", "device": parts[0], **({"group": parts[2]} if len(parts) > 2 else {})}
     payload = encode({**head, "counter": next(COUNTERS), "issued": "2026-11-26T00:00:00Z", "tasks": tasks})
     key, full = keys.load_private(Path(fleet.config.operator.key_file)), f"outstation/{FLEET}/{topic}"
-    link = Link(BrokerConfig(url=fleet.broker.url), "operator")
-    link.send(OutgoingMessage(full, payload, (("jws", jws.sign(key, full, payload)),), retain=True))
-    link.receive(1.0)
-    link.close()
+    with Link(BrokerConfig(url=fleet.broker.url), "operator") as link:
+        link.send(OutgoingMessage(full, payload, (("jws", jws.sign(key, full, payload)),), retain=True))
 
 
 def events(fleet: LocalFleet, rollout: str) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ import pytest
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.testing.broker import MosquittoBroker, free_port
+from agent.transport import mqtt
 from agent.transport.mqtt import Link
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 
@@ -143,6 +144,38 @@ def test_a_dropped_connection_publishes_the_will_and_a_closed_one_does_not(broke
     late = Link(settings(broker), "late", subscribe=["will/+"])
     assert [delivery.retained for delivery in deliveries(late, 1)] == [True]
     late.close()
+
+
+def test_all_that_was_sent_before_a_close_arrives_and_no_will_although_receipts_are_unread(tmp_path: Path) -> None:
+    with MosquittoBroker(tmp_path, extra_conf="max_inflight_messages 100") as broker:
+        reader = Link(settings(broker), "reader", subscribe=["a/+"])
+        for i in range(10):
+            with Link(settings(broker), "writer", will=OutgoingMessage("a/will", b"gone")) as writer:
+                sent = [OutgoingMessage(f"a/{i}", bytes([n]) * 1000) for n in range(50)]
+                for message in sent:
+                    writer.send(message)
+            arrived = deliveries(reader, len(sent))
+            assert [(each.topic, each.payload) for each in arrived] == [(each.topic, each.payload) for each in sent]
+            for each in arrived:
+                reader.acknowledge(each)
+        reader.close()
+
+
+def test_a_broker_that_reads_nothing_delays_a_close_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt, "_CLOSE_TIMEOUT_S", 0.1)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        accepting = threading.Thread(target=lambda: peers.append(server.accept()[0]))
+        peers: list[socket.socket] = []
+        accepting.start()
+        monkeypatch.setattr(Link, "_wait_until", lambda *_: accepting.join())
+        link = Link(BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x")
+        for payload in (b"", bytes(20 << 20)):
+            link.send(OutgoingMessage("a", payload))
+        link.close()
+        assert link.fileno() == -1
+        peers[0].close()
 
 
 def test_wake_ends_a_waiting_receive_from_another_thread(broker: MosquittoBroker) -> None:

@@ -151,7 +151,9 @@ def _select_output(path: Path, bundle: Bundle, name: str) -> Bundle:
 
     further = bundle.manifest.further
     if name not in further:
-        raise UsageError(f"{path}: --output {name}: no such further output{did_you_mean(name, further)}")
+        raise UsageError(
+            f"{path}: --output {name}: no such further output{did_you_mean(name, further, 'it has one output')}"
+        )
     return msgspec.structs.replace(bundle, manifest=scores.further_manifest(bundle.manifest, name))
 
 

@@ -29,7 +29,7 @@ MAX_CLIENTS = 1000
 FILE_PREFIX = "file:"
 FULL_COUNTER, CUT_COUNTER = "lines refused while full", "lines cut off"
 FILE_SOURCE, MAX_FILES = "ingested file", 4096
-# Small enough that a producer of noise, two bytes a line, delays the others by a tenth of a second at most.
+# Small enough that a producer of noise, two bytes a line, delays the others by a quarter of a second at most.
 _READ_BYTES = 1 << 16
 # A single line costs twenty times as much as a line among others. Rows wait much longer for a commit anyway.
 _SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002

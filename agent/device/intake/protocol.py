@@ -14,6 +14,7 @@ import msgspec
 
 from agent import decoders
 from agent.config import StreamConfig
+from agent.config.streams import NO_STREAM
 from agent.device.intake import frames, labels
 from agent.device.intake.frames import FrameLayout, Frames, NumberType, decode_column
 from agent.device.intake.labels import LabelBatch
@@ -125,7 +126,7 @@ class LineParser:
     def _find_decoder(self, stream: str) -> _StreamDecoder:
         decoder = self._decoders.get(stream)
         if decoder is None:
-            raise RowRejected(f"unknown stream {stream[:40]!r}{did_you_mean(stream, self._decoders)}")
+            raise RowRejected(f"unknown stream {stream[:40]!r}{did_you_mean(stream, self._decoders, NO_STREAM)}")
         if decoder.stream.media_format is not None:
             raise RowRejected(f"stream {stream!r} takes whole files only; put them into its folder")
         return decoder

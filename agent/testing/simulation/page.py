@@ -47,27 +47,9 @@ def render(report: Mapping[str, Any]) -> str:
         "peak memory": f"{report['peak_bytes'] / 2**20:,.0f} MiB",
     }
     chart = _build_timeline(events, max(float(report["simulated_seconds"]), 1.0))
-    values = {"tiles": tiles, "problems": _list_problems(report), "events": events, "chart": chart}
+    values = {"tiles": tiles, "events": events, "chart": chart}
     body = environment.get_template("report.html").render(report=report, max_rows=_MAX_ROWS, **values)
     return html.render_document("Simulated fleet", [html.Markup(body)], _CSS)
-
-
-def _list_problems(report: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if report["missed"]:
-        problems.append(f"Expected alerts that did not come: {report['missed']}.")
-    if report["false_alarms"]["n"] > report["false_alarms"]["budget"]:
-        problems.append("There were more false alarms than the budget.")
-    if not report["audit"]["passed"]:
-        problems.append("The audit failed.")
-    problems += [
-        f"Roll-out {rollout['name']} is {rollout['outcome']}; expected is {rollout['ends']}."
-        for rollout in report["rollouts"]
-        if not rollout["passed"]
-    ]
-    if report["undelivered"]:
-        problems.append(f"Messages of {len(report['undelivered'])} devices were not delivered.")
-    return problems
 
 
 def _format_settings(event: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
 from agent.testing.broker import MosquittoBroker
 from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage, PublishReceipt
+from agent.transport.packets import OutgoingMessage
 from tests.kit.commands import call_outstation
 from tests.kit.stations import T0, Station, conf, rows_of, wait_for
 
@@ -64,13 +64,10 @@ class Site:
             return result
 
     def publish(self, topic: str, *payloads: Any) -> None:
-        link = Link(BrokerConfig(url=self.broker.url), "sensor")
-        for payload in payloads:
-            link.send(OutgoingMessage(topic, payload if isinstance(payload, bytes) else json.dumps(payload).encode()))
-        reported = 0
-        while reported < len(payloads):
-            reported += sum(isinstance(event, PublishReceipt) for event in link.receive(5))
-        link.close()
+        with Link(BrokerConfig(url=self.broker.url), "sensor") as link:
+            for value in payloads:
+                payload = value if isinstance(value, bytes) else json.dumps(value).encode()
+                link.send(OutgoingMessage(topic, payload))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from agent.testing.fleet import LocalFleet
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
 from agent.testing.process import OutstationProcess, wait_until
 from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import DesiredPayload
 from agent.wire.verification import verify_message
@@ -74,11 +74,9 @@ class Site:
         return document
 
     def send(self, *sent: SignedMessage) -> None:
-        link = Link(self.fleet.config.broker, "devices")
-        waiting = {link.send(message.to_outgoing()) for message in sent}
-        while waiting:
-            waiting -= {event.token for event in link.receive(60.0) if isinstance(event, PublishReceipt)}
-        link.close()
+        with Link(self.fleet.config.broker, "devices") as link:
+            for message in sent:
+                link.send(message.to_outgoing())
 
     def retained(self, topic: str = ALL, within_s: float = 60.0) -> IncomingMessage | None:
         """Return the desired state that a new device receives."""
@@ -201,10 +199,8 @@ def test_follow_replaces_an_older_desired_state_on_the_broker(site: Site) -> Non
     old = site.retained()
     assert old is not None
     assert site.rollout("promote", "exercise-1-1", "--force", "to see")[0] == 0
-    link = Link(site.fleet.config.broker, "attacker")
-    link.send(OutgoingMessage(ALL, old.payload, (("jws", old.tokens[0]),), retain=True))
-    link.receive(60.0)
-    link.close()
+    with Link(site.fleet.config.broker, "attacker") as link:
+        link.send(OutgoingMessage(ALL, old.payload, (("jws", old.tokens[0]),), retain=True))
     assert site.desired().tasks["exercise"].strategy == "shadow"
     follow = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
     program = OutstationProcess(site.folder / "follow.log", *follow).start()
