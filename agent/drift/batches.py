@@ -82,13 +82,16 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         measured: MeasuredWindows | None,
         assign_classes: Callable[[WindowStatistics, Ints], Ints],
     ) -> FullWindows:
-        """Summarize them; `measured` may be of other windows or rows, and is then not used.
+        """Summarize them; `measured`, which this uses up, may be of other windows or rows, and is then left alone.
 
         `assign_classes` maps statistics of model windows and the named classes to the classes they are compared with.
         """
-        if measured is None or measured.first_row != batch.first_row or not measured.windows.equals(self):
+        if measured is None or not measured.is_for(self, batch):
             measured = self.measure(shipped, batch)
-        parts = [self._summarize_part(shipped, batch, part, assign_classes) for part in measured.parts]
+        parts = list[Summary]()
+        while measured.parts:
+            # Not held any longer: the next windows take the same memory.
+            parts.append(self._summarize_part(shipped, batch, measured.parts.pop(0), assign_classes))
         begin, end = self.begin, self.begin + self.n - 1
         count = self.starts.shape[1]
         return FullWindows(
@@ -96,12 +99,6 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
             list(zip((batch.first_row + begin).tolist(), (batch.first_row + end).tolist(), strict=True)),
             list(zip(batch.t[begin].tolist(), batch.t[end].tolist(), strict=True)),
             list(range(self.first + count, self.first + count * self.windows + 1, count)),
-        )
-
-    def equals(self, other: CompleteWindows) -> bool:
-        return self.first == other.first and all(
-            np.array_equal(mine, others)
-            for mine, others in ((self.begin, other.begin), (self.starts, other.starts), (self.n, other.n))
         )
 
     def _summarize_part(
@@ -142,7 +139,17 @@ class MeasuredWindows(msgspec.Struct, frozen=True, eq=False):
 
     windows: CompleteWindows
     first_row: int
-    parts: Sequence[MeasuredPart]
+    parts: list[MeasuredPart]
+
+    def is_for(self, windows: CompleteWindows, batch: Batch) -> bool:
+        """Return True if it is of these windows, and was not used yet."""
+        mine = self.windows
+        return (
+            bool(self.parts)
+            and (self.first_row, mine.first, mine.n) == (batch.first_row, windows.first, windows.n)
+            and np.array_equal(mine.begin, windows.begin)
+            and np.array_equal(mine.starts, windows.starts)
+        )
 
 
 class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):

@@ -137,7 +137,7 @@ def test_no_row_is_lost_where_the_process_is_killed_while_nobody_waits(make: Mak
     assert sum(result.n for result in device.results()) == 4 * BATCH
 
 
-def test_a_process_that_is_killed_before_its_answer_is_awaited_loses_no_row(
+def test_no_row_is_lost_where_the_process_is_killed_before_its_answer_is_awaited(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = make(CLASSIFY)
@@ -159,7 +159,7 @@ def test_a_process_that_is_killed_before_its_answer_is_awaited_loses_no_row(
 
 
 @pytest.mark.parametrize("predicted", [0, 1, 10 * BATCH])
-def test_each_message_commits_to_its_own_rows_whatever_was_committed_to_ahead(make: Make, predicted: int) -> None:
+def test_each_message_commits_to_its_own_rows(make: Make, predicted: int) -> None:
     """Rows of the batch are committed to before its results show how many messages they take."""
     device = make(CLASSIFY)
     device.author.max_bytes = 8_000
