@@ -90,7 +90,10 @@ def device_key_path(file: Path, conf: Config) -> Path:
             return path
     if (sealed := credentials.sealed_path(own)).exists():
         raise UsageError(f"{own}: no device key; only the service can open {sealed} (docs/guides/encryption.md)")
-    raise UsageError(f"{own}: no device key; `outstation init` makes one")
+    raise UsageError(
+        f"{own}: no device key; restore it from a backup. `outstation init` makes another one, with which a fleet must "
+        "enrol the device again"
+    )
 
 
 def load_key_files(file: Path, conf: Config) -> KeyFiles:

@@ -16,7 +16,7 @@ from agent.model.bundle import builtin
 from agent.quantities import parse_duration
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.process import TIMEOUT_S, OutstationProcess, run_outstation, wait_until
-from agent.testing.reasons import describe_fleet, match_alert
+from agent.testing.reasons import describe_fleet, match_alert, require_device
 
 FLEET = "acme"
 _LOG_LINES = 30
@@ -135,6 +135,7 @@ class LocalFleet:
     def alerts(self, device: str = "") -> list[dict[str, Any]]:
         """Return all alerts that the collector has, raised and cleared, oldest first."""
         with self.open_store() as store:
+            require_device(device, store.enrolled_devices())
             return store.alerts(device or None, closed=True)
 
     def wait_for(

@@ -264,6 +264,10 @@ def test_names_of_no_device_and_numbers_of_devices_out_of_range_are_refused(tmp_
         for act in (lambda: fleet.wait_for("ax", device="hall-1", within="1 s"), lambda: _cut(fleet, "hall-02")):
             with pytest.raises(UsageError, match=r"no device 'hall-0?[12]'; did you mean 'hall-01'\?"):
                 act()
+        with pytest.raises(UsageError, match="no device 'hall-7'"):
+            fleet.alerts("hall-7")
+        with pytest.raises(UsageError, match="state 'raisd': an alert is raised or cleared; did you mean 'raised'"):
+            fleet.wait_for("ax", within="1 s", state="raisd")
         assert fleet.now_s == 0.0
 
 

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from agent.testing.simulation.page import render
+from tests.kit import browsers
 
 _HOSTILE = """</table></svg><script>alert(1)</script><img src=x onerror="alert('1')">"""
+
+
+# Left and right ends of the names, bars, dots and times of the timeline.
+_PLACES = """[...document.querySelectorAll('.event > span, .bar, .dot, .tick')].map(box => box.getBoundingClientRect())
+    .filter(place => place.width).map(place => [place.left, place.right])"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    yield from browsers.launched()
 
 
 class _Tags(HTMLParser):
@@ -83,3 +98,16 @@ def test_devices_with_the_same_phases_of_a_rollout_share_a_row() -> None:
     assert "active 1 min to 16 h 40 min" in text
     assert "hall-0004" not in text
     assert "hall-1001" in text
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_screen_shows_the_whole_timeline(tmp_path: Path, browser: Any, width: int) -> None:
+    (tmp_path / "report.html").write_text(render(_report("workshop-north-017")))
+    tab = browser.new_page(viewport={"width": width, "height": 844})
+    tab.goto((tmp_path / "report.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    places = tab.evaluate(_PLACES)
+    tab.close()
+    assert len(places) > 10
+    assert min(left for left, _ in places) >= 0
+    assert max(right for _, right in places) <= width

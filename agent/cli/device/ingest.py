@@ -55,7 +55,7 @@ _MAX_LINE_BYTES = 900_000
 @click.option(
     "--sep", "separator", metavar="C", help="Separator of the CSV file; default: found in its first line (, ; or tab)."
 )
-@click.option("--timezone", metavar="ZONE", help="Time zone of times without one, such as Europe/Berlin.")
+@click.option("--timezone", metavar="ZONE", help="Time zone of texts without one, such as Europe/Berlin.")
 @config_options
 def ingest(
     stream: str,

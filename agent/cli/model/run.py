@@ -167,7 +167,7 @@ def _print(document: dict[str, Any]) -> None:
     if not document["results"]:
         echo("no result: the data hold no row, or no whole window without a gap")
     if document["rejected"]:
-        echo(f"{document['rejected']:,} rows rejected:", err=True)
+        echo(f"{document['rejected']:,} {'row' if document['rejected'] == 1 else 'rows'} rejected:", err=True)
         for row in document["rejected_rows"][:_MAX_SHOWN]:
             echo(f"  {row['file']} line {row['line']}: {row['reason']}", err=True)
         if document["rejected"] > _MAX_SHOWN:

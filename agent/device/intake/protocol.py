@@ -336,6 +336,8 @@ def _explain_field_error(error: Exception, decoder: _StreamDecoder) -> str:
     names = [f.name for f in decoder.stream.fields]
     if "unknown field" in problem:
         name = problem.split("`")[1]
+        if name in names:
+            return f"{name!r} is beside columns; a line holds one row, or columns of rows"
         return f"{name!r} is not a field of stream {decoder.name}{did_you_mean(name, names)}"
     if "missing required field" in problem:
         return f"field {problem.split('`')[1]!r} is missing"
