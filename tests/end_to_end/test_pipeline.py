@@ -38,6 +38,7 @@ from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.jws import Signer
 from agent.wire.runs import QuietWindows, expand_integers
+from scripts.faults.patience import Patience
 from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import root_only
 
@@ -283,10 +284,10 @@ def waiting(device: DeviceProcess) -> int:
 def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: Running) -> None:
     device, fleet = running.device, running.fleet
     running.progresses()
-    began = time.monotonic()
+    patience = Patience(5.0)
     assert device.stop() == 0
-    assert time.monotonic() - began < 5.0
-    assert running.systemd.messages[-1] == "STOPPING=1"
+    assert not patience.is_over()
+    wait_until("the word to systemd", lambda: running.systemd.messages[-1] == "STOPPING=1")
     assert json.loads(retained(fleet, "state"))["state"] == "stopped"
     wait_until("stopped at the collector", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
     rows, [(log, through)] = last_row(device), fleet.query("SELECT log, last_seq FROM logs")
@@ -310,9 +311,9 @@ def retained(fleet: LocalFleet, kind: str) -> bytes:
 
 def test_sigterm_without_a_broker_stops_in_time_as_well(fleet: LocalFleet) -> None:
     device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 20).add_task("exercise").start_and_wait()
-    began = time.monotonic()
+    patience = Patience(5.0)
     assert device.stop() == 0
-    assert time.monotonic() - began < 5.0
+    assert not patience.is_over()
 
 
 def test_a_second_daemon_on_the_same_folder_is_refused_in_one_line(running: Running) -> None:
