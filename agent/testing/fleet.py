@@ -15,7 +15,8 @@ from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model.bundle import builtin
 from agent.quantities import parse_duration
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.process import TIMEOUT_S, OutstationProcess, run_outstation, wait_until
+from agent.testing.patience import TIMEOUT_S, wait_until
+from agent.testing.process import OutstationProcess, run_outstation
 from agent.testing.reasons import describe_fleet, match_alert
 
 FLEET = "acme"

@@ -12,7 +12,8 @@ import pytest
 from agent.config import BrokerConfig
 from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
 from agent.testing.messages import new_key
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agent.testing.fleet import LocalFleet
 from agent.testing.messages import MessageSender, SignedMessage
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from tests.notify.servers import HookServer, Mailbox, hook_server, mailbox
 

@@ -11,7 +11,8 @@ import pytest
 
 from agent.fleet import config as fleet_config
 from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import run_outstation
 from agent.wire import keys
 
 pytestmark = pytest.mark.attack("operators")

@@ -32,13 +32,13 @@ from agent.device.uplink.uplink import Uplink
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FIELDS, FLEET, DeviceProcess, LocalFleet, field_tables, last_result_row
 from agent.testing.messages import new_key
-from agent.testing.process import NotifySocket, OutstationProcess, run_outstation, wait_until
+from agent.testing.patience import Patience, wait_until
+from agent.testing.process import NotifySocket, OutstationProcess, run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.jws import Signer
 from agent.wire.runs import QuietWindows, expand_integers
-from scripts.faults.patience import Patience
 from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import root_only
 

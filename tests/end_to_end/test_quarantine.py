@@ -17,7 +17,8 @@ from agent.device.bundles.quarantine import CrashMarker
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import tuning
 from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.process import NotifySocket, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import NotifySocket
 from scripts.kit.bundles import KEY, change_manifest
 from tests.kit.commands import audit_fleet
 
