@@ -119,6 +119,7 @@ def test_an_absent_device_is_reported_at_once(fleet: LocalFleet) -> None:
 def test_wrong_use_exits_2_and_sends_nothing(
     fleet: LocalFleet, device: DeviceProcess, arguments: tuple[str, ...]
 ) -> None:
+    assert command(fleet, "pi-01", "report")[0] == 0
     before = (fleet.home / "operator.counter").read_text(encoding="ascii")
     done = call_outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

@@ -68,7 +68,7 @@ def test_a_good_bundle_reaches_all_devices_despite_a_cut_download(
     assert [item["phase"] for item in devices] == ["active"] * 2
     assert {item["runs"]["digest"] for item in devices} == {rollout["digest"]}
     assert rollout["served"] == sum(item["served"]["1.1.0"] for item in devices) > 0
-    assert list(rollout["disturbances"]["cut"].values()) == [1]
+    assert list(rollout["disturbances"]["cut"].values()) == [2]
     assert [item["event"] for item in rollout["decisions"]] == ["started", "finished"]
 
 
