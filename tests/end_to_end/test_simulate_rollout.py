@@ -44,13 +44,13 @@ strategy = "{strategy}"
 
 
 def rolled(home: Path, bundle: str, strategy: str, *options: str) -> tuple[int, Any]:
-    """Return exit code and report of a rollout."""
+    """Return exit code and report of a rollout on three devices."""
     find_program("mosquitto")
     key = generate(home / "publisher.key")
     trials.make_bundle(bundle, home, key)
     last = "" if strategy == "all" else '[[steps]]\nstrategy = "all"'
     (home / "plan.toml").write_text(PLAN.format(bundle=bundle, strategy=strategy, last=last), encoding="utf-8")
-    arguments = ("--speed", "20", "--rollout", str(home / "plan.toml"), "--duration", "150", "--json")
+    arguments = ("--devices", "3", "--speed", "20", "--rollout", str(home / "plan.toml"), "--duration", "150", "--json")
     done = simulate(home / "it", *arguments, "--publisher", key.public.text, *options)
     assert done.stdout, done.stderr
     assert left_over(home / "it") == []
@@ -61,14 +61,14 @@ def test_a_good_bundle_reaches_all_devices_despite_a_cut_download(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     home = tmp_path_factory.mktemp("good")
-    code, report = rolled(home, "distilled", "all", "--devices", "2", "--cut", "1", "--away", "0", "--slow", "1")
+    code, report = rolled(home, "distilled", "all", "--cut", "1", "--away", "0", "--slow", "1")
     assert code == 0, report["rollout"]
     rollout, devices = report["rollout"], report["devices"]
     assert (rollout["state"], rollout["ended"], report["audit"]["passed"]) == ("finished", True, True)
-    assert [item["phase"] for item in devices] == ["active"] * 2
+    assert [item["phase"] for item in devices] == ["active"] * 3
     assert {item["runs"]["digest"] for item in devices} == {rollout["digest"]}
     assert rollout["served"] == sum(item["served"]["1.1.0"] for item in devices) > 0
-    assert list(rollout["disturbances"]["cut"].values()) == [2]
+    assert list(rollout["disturbances"]["cut"].values()) == [1]
     assert [item["event"] for item in rollout["decisions"]] == ["started", "finished"]
 
 
@@ -76,7 +76,7 @@ def test_a_crashing_bundle_is_aborted_in_shadow_without_results(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     home = tmp_path_factory.mktemp("crash")
-    code, report = rolled(home, "crash", "shadow", "--devices", "1", "--cut", "0", "--away", "0", "--slow", "0")
+    code, report = rolled(home, "crash", "shadow", "--cut", "0", "--away", "0", "--slow", "0")
     assert code == 0
     rollout, devices = report["rollout"], report["devices"]
     assert (rollout["state"], rollout["step"], rollout["served"]) == ("aborted", 1, 0)
