@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
@@ -92,6 +93,7 @@ def _decode_checked(decode: Callable[[bytes], T], data: bytes) -> T:
         raise ValueError(str(error)) from error
 
 
+@cache
 def _dtype(kind: Any) -> np.dtype[Any]:
     if get_origin(kind) is not np.ndarray:
         raise TypeError(f"{kind} cannot be stored")

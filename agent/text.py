@@ -19,6 +19,25 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def count_columns(text: str) -> int:
+    """Return the columns of a terminal that printable text takes: two for an East Asian wide character.
+
+    Combining characters take none (UAX #11).
+    """
+    if text.isascii():
+        return len(text)
+    # Imported here: few texts need it.
+    from unicodedata import category, east_asian_width
+
+    return sum(0 if category(c) in ("Mn", "Me") else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def pad(text: str, columns: int, *, right: bool = False) -> str:
+    """Fill with spaces to so many columns of a terminal; with `right`, the text ends there."""
+    spaces = " " * (columns - count_columns(text))
+    return spaces + text if right else text + spaces
+
+
 def printable_lines(text: str) -> str:
     """Return text of several lines, each made `printable`."""
     return "\n".join(map(printable, text.split("\n")))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -40,6 +41,7 @@ def read(
     try:
         text = input_files.read_text(path)
         document = tomllib.loads(text)
+        _require_finite(path, "", document)
     except FileNotFoundError:
         raise ConfigError(str(path), "", f"no such file; {missing}") from None
     except OSError as error:
@@ -57,6 +59,18 @@ def read(
         return decoders.convert(document, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
         raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
+
+
+def _require_finite(path: Path, key: str, value: Any) -> None:
+    """Raise ConfigError for nan and inf: limits that nothing meets, and JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(str(path), key, f"is {value}; give a finite number")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _require_finite(path, f"{key}.{name}" if key else name, inner)
+    if isinstance(value, list):
+        for index, inner in enumerate(value):
+            _require_finite(path, f"{key}[{index}]", inner)
 
 
 def _describe_syntax(problem: str, text: str) -> str:
@@ -133,8 +147,8 @@ def encode_key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else encode_value(name)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` if a known word is close, else a list of the known words."""
+def did_you_mean(word: str, known: Iterable[str], none: str = "there is none") -> str:
+    """Return `"; did you mean 'x'?"` if a known word is close, else a list of the known words, or `none`."""
     names = sorted(known)
     # Imported here: only mistakes need it.
     import difflib
@@ -143,7 +157,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"; there is {', '.join(names[:12])}{more}" if names else "; there is none"
+    return f"; there is {', '.join(names[:12])}{more}" if names else f"; {none}"
 
 
 def _to_config_error(
@@ -152,21 +166,18 @@ def _to_config_error(
     """Convert a message of msgspec to file, key and fix."""
     problem, _, path = message.partition(" - at `$")
     where = path.rstrip("`").lstrip(".")
-    key = (
-        where.replace("[...]", f".{_find_invalid_entry(message, struct_type, document, where, hook)}")
-        if "[...]" in where
-        else where
-    )
+    key = _name_entries(message, struct_type, document, where, hook)
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
     if unknown:
         names: set[str] = set()
-        for kind in _resolve_types(struct_type, where):
-            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-                names |= {*kind.__struct_encode_fields__, *filter(None, [kind.__struct_config__.tag_field])}
-        known = sorted(names)
-        return ConfigError(
-            file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{did_you_mean(unknown[1], known)}"
-        )
+        for node in _resolve_types(struct_type, where):
+            if isinstance(node, msgspec.inspect.StructType):
+                names |= {*(f.encode_name for f in node.fields), *filter(None, [node.tag_field])}
+        name = unknown[1]
+        # A union of sections by kind: `names` are the keys of all kinds.
+        hint = "; sections of another kind have it, this one does not: remove it"
+        text = "unknown key" + (hint if name in names else did_you_mean(name, names))
+        return ConfigError(file, f"{key}.{name}" if key else name, text)
     missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
     if missing:
         hint = _similar_entry(document, key)
@@ -194,50 +205,62 @@ def _similar_entry(document: dict[str, Any], key: str) -> str:
     return hint if "did you mean" in hint else ""
 
 
-def _find_invalid_entry(
+def _name_entries(
     message: str, struct_type: StructType, document: dict[str, Any], key_path: str, hook: DecodeHook
 ) -> str:
-    """Return the stream or task that `message` is about; msgspec writes `[...]` for any entry of a table."""
-    table = key_path.partition("[...]")[0]
-    *outer, last = table.split(".")
-    inner = document
-    for part in outer:
-        inner = inner.get(part, {})
-    for name, value in inner.get(last, {}).items():
-        alone: dict[str, Any] = {last: {name: value}}
-        for part in reversed(outer):
-            alone = {part: alone}
+    """Return the key that `message` is about with the names of entries, for each of which msgspec writes `[...]`."""
+    path: list[Any] = []
+    for part in re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[\]]+", key_path):
+        if part == "[...]":
+            part, document = _find_invalid_entry(message, struct_type, document, path, hook)
+        path.append(int(part[1:-1]) if re.fullmatch(r"\[\d+\]", part) else part)
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _find_invalid_entry(
+    message: str, struct_type: StructType, document: dict[str, Any], path: list[Any], hook: DecodeHook
+) -> tuple[str, dict[str, Any]]:
+    """Return the entry of the table at `path` that alone gives `message`, and the document without the others."""
+    table: Any = document
+    for part in path:
+        table = table[part] if isinstance(table, list) else table.get(part, {})
+    for name, value in table.items():
+        alone = _replace(document, path, {name: value})
         try:
-            decoders.convert({**document, **alone}, struct_type, dec_hook=hook)
+            decoders.convert(alone, struct_type, dec_hook=hook)
         except msgspec.ValidationError as error:
             if str(error) == message:
-                return str(name)
-    return "*"
+                return str(name), alone
+    return "*", document
+
+
+def _replace(node: Any, path: list[Any], value: Any) -> Any:
+    """Return a copy of `node` whose part at `path` is `value`."""
+    if not path:
+        return value
+    inner = node.copy()
+    inner[path[0]] = _replace(inner[path[0]], path[1:], value)
+    return inner
 
 
 def _literal_choices(struct_type: StructType, key_path: str) -> list[str]:
     """Return the words that are valid at `key_path`."""
     return [
         str(word)
-        for kind in _resolve_types(struct_type, key_path)
-        if get_origin(kind) is Literal
-        for word in get_args(kind)
+        for node in _resolve_types(struct_type, key_path)
+        if isinstance(node, msgspec.inspect.LiteralType)
+        for word in node.values
     ]
 
 
-def _resolve_types(struct_type: StructType, key_path: str) -> list[Any]:
-    kinds: list[Any] = [struct_type]
-    for part in [p for p in re.split(r"[.\[\]]+", key_path.replace("[...]", ".*")) if p]:
-        kinds = [inner for kind in kinds for inner in _child_types(kind, part)]
-    return kinds
+def _resolve_types(struct_type: StructType, key_path: str) -> list[msgspec.inspect.Type]:
+    nodes = [msgspec.inspect.type_info(struct_type)]
+    for part in re.findall(r"\[\.\.\.\]|[^.\[\]]+", key_path):
+        nodes = [leaf for node in nodes for child in _descend(node, part) for leaf in _flatten_union(child)]
+    return nodes
 
 
-def _child_types(kind: Any, part: str) -> list[Any]:
-    hints = msgspec.inspect.type_info(kind)
-    return [inner for node in _flatten_union(hints) for inner in _descend(node, part)]
-
-
-def _flatten_union(node: Any) -> list[Any]:
+def _flatten_union(node: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
     if isinstance(node, msgspec.inspect.UnionType):
         return [inner for member in node.types for inner in _flatten_union(member)]
     if isinstance(node, msgspec.inspect.Metadata):
@@ -245,31 +268,12 @@ def _flatten_union(node: Any) -> list[Any]:
     return [node]
 
 
-def _descend(node: Any, part: str) -> list[Any]:
+def _descend(node: msgspec.inspect.Type, part: str) -> list[msgspec.inspect.Type]:
+    """Return the types that a key, or an entry, of `node` may have."""
     if isinstance(node, msgspec.inspect.StructType):
-        inner = [f.type for f in node.fields if f.encode_name == part]
         if node.tag_field == part:
-            inner = [msgspec.inspect.LiteralType((node.tag,))]
-    elif isinstance(node, msgspec.inspect.DictType):
-        inner = [node.value_type]
-    elif isinstance(node, msgspec.inspect.ListType):
-        inner = [node.item_type]
-    else:
-        inner = []
-    return [_to_python_type(leaf) for child in inner for leaf in _flatten_union(child)]
-
-
-def _to_python_type(node: Any) -> Any:
-    if isinstance(node, msgspec.inspect.StructType):
-        return node.cls
-    if isinstance(node, msgspec.inspect.LiteralType):
-        return Literal[tuple(node.values)]
-    if isinstance(node, msgspec.inspect.ListType):
-        return list[_to_python_union(node.item_type)]  # type: ignore[misc]
+            return [msgspec.inspect.LiteralType((node.tag,))]
+        return [f.type for f in node.fields if f.encode_name == part]
     if isinstance(node, msgspec.inspect.DictType):
-        return dict[str, _to_python_union(node.value_type)]  # type: ignore[misc]
-    return object
-
-
-def _to_python_union(node: Any) -> Any:
-    return Union[tuple(_to_python_type(leaf) for leaf in _flatten_union(node))]  # noqa: UP007
+        return [node.value_type]
+    return [node.item_type] if isinstance(node, msgspec.inspect.ListType) else []

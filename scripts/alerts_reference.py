@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from agent.alerts.alert import AlertKind
 from agent.alerts.kinds import KINDS
+from scripts.kit.usage import answer_help
 
 _HEAD = """\
 # Alerts
@@ -56,4 +57,5 @@ def _pattern(text: str) -> str:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     print(to_markdown(), end="")

@@ -18,6 +18,7 @@ from click.shell_completion import get_completion_class
 
 from agent import __version__
 from agent.cli.commands import cli
+from scripts.kit.usage import answer_help
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 PROGRAM = "outstation"
@@ -169,4 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     main()

@@ -25,6 +25,7 @@ from agent.config import Config
 from agent.fleet.config import FleetConfig
 from agent.quantities import Duration, Size
 from agent.toml_files import Section
+from scripts.kit.usage import answer_help
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 _HEAD = """\
@@ -230,4 +231,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     main()

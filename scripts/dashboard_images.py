@@ -36,6 +36,7 @@ from agent.simulate.simulation import Simulation
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
 from agent.wire import keys
 from agent.wire.desired_state import CanaryRules
+from scripts.kit.usage import answer_help
 from tests.kit import browsers
 from tests.kit.dashboards import PASSWORD, ROLES, ServedDashboard, health, running, wait_until_shown
 
@@ -189,4 +190,5 @@ def _folder(arguments: Sequence[str]) -> Path:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     main(_folder(sys.argv[1:]))

@@ -17,6 +17,8 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from scripts.kit.usage import answer_help
+
 ROOT = Path(__file__).parents[1]
 INDEX = Path("docs/index.md")
 DEFAULT = ROOT / "build" / "site"
@@ -183,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     main()

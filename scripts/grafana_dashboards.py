@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.kit.usage import answer_help
+
 FOLDER = Path(__file__).parents[1] / "deploy" / "grafana"
 _COLUMNS, _HEIGHT = 2, 8
 _WIDTH = 24 // _COLUMNS
@@ -184,6 +186,7 @@ def render() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     for file, text in render().items():
         file.write_text(text, encoding="utf-8")
         print(file)

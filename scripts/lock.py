@@ -21,6 +21,8 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.kit.usage import answer_help
+
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("fleet", "images", "notify", "parquet", "plot", "postgres", "sql")
 BUILD = "build"
@@ -187,4 +189,5 @@ def _resolve(
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     main()

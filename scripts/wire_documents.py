@@ -15,6 +15,7 @@ import msgspec
 
 from agent.wire import messages, topics
 from agent.wire.topics import ALL_DEVICES, DEVICE_ALERTS, DEVICE_GROUP, KINDS, MessageKind
+from scripts.kit.usage import answer_help
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 ASYNCAPI, WIRE_FORMAT = REFERENCE / "asyncapi.json", REFERENCE / "wire-format.md"
@@ -220,5 +221,6 @@ def _describe_number(schema: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     ASYNCAPI.write_text(render_asyncapi(), encoding="utf-8")
     WIRE_FORMAT.write_text(update_tables(WIRE_FORMAT.read_text(encoding="utf-8")), encoding="utf-8")

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from agent.arrays import Float32s, Float64s
 from agent.authoring.spec import Spec
 from agent.datasets import joined_rows, training_data
-from agent.datasets.blocks import LABEL_COLUMN
 from agent.datasets.training_data import LabelParser, TrainingData
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
@@ -270,7 +269,7 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
         raise UsageError(f"{path} is the reference's data, too; calibrate on data held out from training")
     data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
     if data.label is None:
-        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; calibration needs the true labels")
+        raise training_data.missing_labels(path, job.draft.input, "calibration")
     result = job.run(job.draft, path, data, with_outputs=True)
     assert result.outputs is not None
     truth = data.window_labels(result.cut.starts, job.draft.input.rows)
@@ -290,7 +289,7 @@ def _fit_residual_bounds(job: PackJob) -> CalibrationResult:
     path = job.path(job.spec.output.held_out)
     data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
     if data.label is None:
-        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; bounds of residuals need the true values")
+        raise training_data.missing_labels(path, job.draft.input, "a bound of residuals")
     result = job.run(job.draft, path, data)
     assert result.scores.value is not None
     residuals = data.window_labels(result.cut.starts, job.draft.input.rows) - result.scores.value

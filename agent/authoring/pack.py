@@ -349,9 +349,8 @@ def _with_held_out(job: PackJob, reference: Reference, path: Path) -> tuple[Refe
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), key, str(problem)) from None
     if run.data.label is None or run.score is None:
-        raise ConfigError(
-            str(job.file), key, f"{path}: has no column label, so nobody can tell which answers are right"
-        )
+        missing = training_data.missing_labels(path, job.draft.input, "the accuracy of each score")
+        raise ConfigError(str(job.file), key, str(missing))
     truth = run.data.window_labels(run.starts, job.draft.input.rows)
     known = truth >= 0
     if int(known.sum()) < _MIN_HELD_OUT:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,21 +137,7 @@ def read(file: Path) -> Spec:
     """Raise ConfigError."""
     if not file.is_file():
         raise ConfigError(str(file), "", "no such file; SPEC is the TOML file that describes the bundle")
-    spec = config.read(file, Spec)
-    _require_finite(file, "", msgspec.to_builtins(spec))
-    return spec
-
-
-def _require_finite(file: Path, key: str, value: Any) -> None:
-    """Raise ConfigError for nan and inf: TOML has them, but JSON would write null, which means a missing member."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(str(file), key, f"is {value}; give a finite number")
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _require_finite(file, f"{key}.{name}" if key else name, inner)
-    if isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            _require_finite(file, f"{key}[{index}]", inner)
+    return config.read(file, Spec)
 
 
 def to_manifest(file: Path, spec: Spec) -> Manifest:

@@ -63,7 +63,7 @@ def _inspect_file(job: PackJob, path: Path) -> PoisoningReport:
         return not_checked(0, 0, "the checks take models that give one class, and this one does not")
     data = training_data.read(path, draft.input, LabelParser.from_manifest(draft))
     if data.label is None:
-        raise UsageError(f"{path}: no column label in it; the checks of training data need the labels")
+        raise training_data.missing_labels(path, draft.input, "a check of training data")
     last = training_data.find_window_starts(path, data, draft.input) + draft.input.rows - 1
     labels = draft.output.labels or ["normal", "anomaly"]
     known = (data.label[last] >= 0) & (data.label[last] < len(labels))

@@ -13,6 +13,7 @@ from agent.bootstrap import credentials, sinks
 from agent.bootstrap.owner import become_owner
 from agent.config import Config
 from agent.config.stream_privacy import StreamPrivacy
+from agent.config.tasks import NO_TASK
 from agent.device.commands import erasure
 from agent.device.machine import secret_file
 from agent.device.machine.keys import KeyFiles, open_keys
@@ -41,7 +42,7 @@ def load_config(config_file: str | None, task: str | None = None) -> tuple[Path,
         conf = msgspec.structs.replace(conf, broker=msgspec.structs.replace(conf.broker, tls_key_file=tls_key_file))
     become_owner(conf.data_dir)
     if task is not None and task not in conf.tasks:
-        raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks)}")
+        raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks, NO_TASK)}")
     return file, conf
 
 
@@ -89,7 +90,10 @@ def device_key_path(file: Path, conf: Config) -> Path:
             return path
     if (sealed := credentials.sealed_path(own)).exists():
         raise UsageError(f"{own}: no device key; only the service can open {sealed} (docs/guides/encryption.md)")
-    raise UsageError(f"{own}: no device key; `outstation init` makes one")
+    raise UsageError(
+        f"{own}: no device key; restore it from a backup. `outstation init` makes another one, with which a fleet must "
+        "enrol the device again"
+    )
 
 
 def load_key_files(file: Path, conf: Config) -> KeyFiles:

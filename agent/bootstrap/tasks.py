@@ -198,11 +198,9 @@ def _check_joined_streams(file: Path, conf: Config, name: str, manifest: Manifes
     """Check that the streams of further inputs have their fields. Raises ConfigError."""
     task = conf.tasks[name]
     if unknown := [joined for joined in task.inputs if joined not in manifest.joined]:
-        raise ConfigError(
-            str(file),
-            f"tasks.{name}.inputs.{unknown[0]}",
-            f"bundle {manifest.name} has no such further input{did_you_mean(unknown[0], [*manifest.joined])}",
-        )
+        hint = did_you_mean(unknown[0], manifest.joined, "it has none")
+        problem = f"bundle {manifest.name} has no such further input{hint}"
+        raise ConfigError(str(file), f"tasks.{name}.inputs.{unknown[0]}", problem)
     for joined, source in _select_joined_streams(conf, name, manifest).items():
         numeric = {f.name for f in source.config.fields if f.type != "category"}
         for field in manifest.joined[joined].fields:

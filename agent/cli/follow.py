@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from agent.cli.output import echo, echo_styled, emit
-from agent.text import printable, printable_json
+from agent.text import count_columns, pad, printable, printable_json
 
 last_option = click.option(
     "--last", metavar="N", default=20, show_default=True, type=click.IntRange(1, 10_000), help="The newest N."
@@ -43,13 +43,13 @@ class LinePrinter:
 
     def __init__(self, columns: Sequence[Column], to_cells: Callable[[dict[str, Any]], Sequence[str]]) -> None:
         self._columns, self._to_cells = columns, to_cells
-        self._widths = [max(column.width, len(column.name)) for column in columns]
+        self._widths = [max(column.width, count_columns(column.name)) for column in columns]
         self._has_head = False
 
     def print_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         lines = [[printable(cell) for cell in self._to_cells(row)] for row in rows]
         for line in lines:
-            self._widths = [max(width, len(cell)) for width, cell in zip(self._widths, line, strict=True)]
+            self._widths = [max(width, count_columns(cell)) for width, cell in zip(self._widths, line, strict=True)]
         if rows and not self._has_head:
             echo_styled(click.style(self._align([printable(column.name) for column in self._columns]), bold=True))
             self._has_head = True
@@ -58,7 +58,7 @@ class LinePrinter:
 
     def _align(self, cells: Sequence[str]) -> str:
         columns = zip(cells, self._widths, self._columns, strict=True)
-        return "  ".join(c.rjust(w) if column.is_number else c.ljust(w) for c, w, column in columns).rstrip()
+        return "  ".join(pad(c, w, right=column.is_number) for c, w, column in columns).rstrip()
 
 
 def emit_or_follow(

@@ -17,10 +17,14 @@ from typing import Any
 import msgspec
 
 from agent.errors import UsageError, explain
-from agent.text import pluralize, printable, printable_json, printable_lines
+from agent.text import count_columns, pad, pluralize, printable, printable_json, printable_lines
 
 _MAX_SHOWN = 20
 _MIN_WIDTH, _MIN_SENTENCE = 40, 32
+# Chinese, Japanese and Korean lines may end after each character, but none begins with a closing mark.
+_CJK = r"\u2e80-\u2fff\u3003-\u9fff\uac00-\ud7a3\uf900-\ufaff"
+_CLOSING = r"\u3001\u3002\u3009\u300b\u300d\u300f\u3011\u30fc\uff01\uff09\uff0c\uff1a\uff1b\uff1f"
+_WORD = rf" *(?:[{_CJK}][{_CLOSING}]*|[^ {_CJK}]+)"
 _STYLE = r"\033\[[;?0-9]*[a-zA-Z]"
 
 
@@ -70,8 +74,8 @@ def _terminal_width() -> int:
 def _wrap(text: str, width: int, indent: int) -> Iterator[str]:
     """Yield lines of at most `width` columns, but for longer words."""
     line = ""
-    for word in re.findall(" *[^ ]+", text):
-        if line and len(re.sub(_STYLE, "", line + word)) > width:
+    for word in re.findall(_WORD, text):
+        if line and count_columns(re.sub(_STYLE, "", line + word)) > width:
             yield line
             line = " " * indent + word.lstrip(" ")
         else:
@@ -104,13 +108,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
         echo(empty)
         return
     head, cells = list(map(printable, columns)), [[printable(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(columns))]
+    widths = [max(count_columns(line[i]) for line in [head, *cells]) for i in range(len(columns))]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
     width = _terminal_width() if _has_width() else sum(widths) + 2 * len(widths)
     place = sum(widths[:-1]) + 2 * len(widths[:-1])
     has_own_lines = place + min(widths[-1], _MIN_SENTENCE) > width
     for number, line in enumerate([head, *cells]):
-        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
+        parts = [pad(c, w, right=r) for c, w, r in zip(line, widths, right, strict=True)]
         if has_own_lines and not right[-1]:
             lines = ["  ".join(parts[:-1]).rstrip(), *_wrap(f"    {line[-1]}", width, 4)]
         else:
@@ -143,8 +147,8 @@ def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> Non
         echo(f"  line {line}: {reason}")
     if len(rejected) > _MAX_SHOWN:
         echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
-    for part in dict.fromkeys(part for reason in rejected.values() for part in _REMEDIES if part in reason):
-        echo(f"What to do: {_REMEDIES[part]}")
+    for remedy in dict.fromkeys(text for r in rejected.values() for part, text in _REMEDIES.items() if part in r):
+        echo(f"What to do: {remedy}")
 
 
 def require_writable(file: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import msgspec
 
+from agent.config.tasks import NO_TASK
 from agent.errors import ConfigError
 from agent.quantities import Size
 from agent.toml_files import Section, did_you_mean
@@ -55,7 +56,7 @@ def check(file: str, samples: SamplesConfig, tasks: Collection[str]) -> None:
         raise ConfigError(file, "samples.consent", "is blank; write who agreed to send which readings, and when")
     for name in samples.tasks:
         if name not in tasks:
-            raise ConfigError(file, "samples.tasks", f"unknown task {name!r}{did_you_mean(name, tasks)}")
+            raise ConfigError(file, "samples.tasks", f"unknown task {name!r}{did_you_mean(name, tasks, NO_TASK)}")
     if not _MIN_MESSAGE_BYTES <= samples.max_message <= _MAX_MESSAGE_BYTES:
         raise ConfigError(file, "samples.max_message", "must be between 2 KiB and 512 KiB")
     if samples.max_per_day < 2 * samples.max_message:

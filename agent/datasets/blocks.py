@@ -50,12 +50,23 @@ class BlockReader(Protocol):
     def progress(self, position: FilePosition) -> int: ...
 
 
+class MissingColumns(UsageError):
+    """A file lacks the columns `names`; `advice` is what to do."""
+
+    def __init__(self, path: Path, names: Sequence[str], columns: Sequence[str], advice: str) -> None:
+        super().__init__(path, names, columns, advice)
+        self.path, self.names, self.columns, self.advice = path, names, columns, advice
+
+    def __str__(self) -> str:
+        present = ", ".join(self.columns[:20]) + (", …" if len(self.columns) > 20 else "")
+        return f"{self.path}: no column {', '.join(self.names)}; there is {present or 'none'}; {self.advice}"
+
+
 def require_columns(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
     """Raise UsageError if a required column is missing, or there twice."""
     missing = [name for name in required if name not in columns]
     if missing:
-        present = ", ".join(columns[:20]) + (", …" if len(columns) > 20 else "")
-        raise UsageError(f"{path}: no column {', '.join(missing)}; there is {present or 'none'}; give a file with it")
+        raise MissingColumns(path, missing, columns, "give a file with it")
     twice = [name for name in required if columns.count(name) > 1]
     if twice:
         raise UsageError(f"{path}: column {twice[0]} is there twice; nobody can tell which one is meant")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.datasets import readers, recordings
-from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN, TextColumn, require_columns
+from agent.datasets.blocks import FILE_COLUMN, LABEL_COLUMN, TIME_COLUMN, MissingColumns, TextColumn, require_columns
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import UsageError
@@ -128,9 +128,22 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
 
 def has_labels(path: Path, spec: ModelInput, column: str = LABEL_COLUMN) -> bool:
     """Return True if the data have this column of labels. Raises UsageError."""
+    return column in _list_columns(path, spec) and (path.suffix != ".npz" or column == LABEL_COLUMN)
+
+
+def missing_labels(path: Path, spec: ModelInput, purpose: str) -> MissingColumns:
+    """Return the error of data without labels, which `purpose` needs. Raises UsageError."""
+    if readers.is_media(spec):
+        advice = f"{purpose} needs the true label of each file: put the files of a label into a folder of its name"
+        return MissingColumns(path, [LABEL_COLUMN], [FILE_COLUMN], advice)
+    advice = f"{purpose} needs the true label of each row: give the column of labels this name"
+    return MissingColumns(path, [LABEL_COLUMN], _list_columns(path, spec), advice)
+
+
+def _list_columns(path: Path, spec: ModelInput) -> list[str]:
     if path.suffix == ".npz":
-        return column == LABEL_COLUMN and column in recordings.load(path).columns
-    return column in readers.open_reader(path, spec, require_times=True).columns
+        return [*recordings.load(path).columns]
+    return readers.open_reader(path, spec, require_times=True).columns
 
 
 def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints:
@@ -183,7 +196,8 @@ def summarize_table(path: Path) -> TableSummary:
             numbers = [name for name in names if _is_number(str(first.columns[name][0]))]
     rows, labels, steps = 0, set[str](), list[NDArray[np.float64]]()
     column = LABEL_COLUMN if LABEL_COLUMN in names else names[0]
-    fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN)]
+    # Labels of further outputs are in label_NAME.
+    fields = [n for n in numbers if n not in (TIME_COLUMN, LABEL_COLUMN) and not n.startswith(f"{LABEL_COLUMN}_")]
     require_columns(path, names, fields)
     if unreadable := [name for name in fields if _UNREADABLE in name]:
         raise UsageError(f"{path}: the name of column {unreadable[0]} is not UTF-8; save the table as UTF-8")

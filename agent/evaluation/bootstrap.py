@@ -103,7 +103,10 @@ def percentile_interval(values: Float64s) -> IntervalEstimate:
 
 
 def proportion_interval(values: Float64s, n: float, units: BootstrapUnits) -> IntervalEstimate:
-    """Return the interval of a share of n results; Wilson's if all or none are so and replicates cannot differ."""
+    """Return the interval of a share of n results; Wilson's if all or none are so and replicates cannot differ.
+
+    `n` is 0 for a metric without bounds.
+    """
     estimate = percentile_interval(values)
     if estimate.value is None or n <= 0 or estimate.low != estimate.high:
         return estimate

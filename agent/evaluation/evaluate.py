@@ -135,12 +135,23 @@ def _measure_options(context: EvaluationContext, evaluation: Evaluation) -> Eval
         measured["notes"] = [note]
     if request.adversarial:
         measured["adversarial"] = _attack_input(context)
+        measured["notes"] = [*measured.get("notes", []), *_list_unattacked(context, measured["adversarial"])]
     if request.latency:
         context.on_step("measuring latency")
         measured |= {"latency": _measure_latency(context, context.bundle), "machine": tuning.describe_machine()}
     if request.float_model is not None:
         measured["float_comparison"] = _compare_float(context, request.float_model)
     return msgspec.structs.replace(evaluation, **measured)
+
+
+def _list_unattacked(context: EvaluationContext, result: AdversarialResult) -> list[str]:
+    """Return sentences about what no attack tried."""
+    joined, notes = context.bundle.manifest.joined, []
+    if joined:
+        notes.append(f"Attacks change readings of the first input only, none of {', '.join(joined)}.")
+    if not any(attack.attack == "trigger" for attack in result.attacks):
+        notes.append("No trigger was searched: too few windows with right answers, or too few --max-invocations.")
+    return notes
 
 
 def _attack_input(context: EvaluationContext) -> AdversarialResult:
@@ -281,7 +292,8 @@ def _notes(context: EvaluationContext, evaluation: Evaluation) -> list[str]:
         notes.append(f"{windows.mixed} windows hold rows of two labels; that of the last row counts.")
     missing = float(context.result.missing_share.mean())
     if missing > 0:
-        notes.append(f"{missing:.1%} of the values are missing.")
+        share = f"{missing:.1%}" if missing >= 0.001 else "Fewer than 0.1%"
+        notes.append(f"{share} of the values are missing.")
     small = [estimate.slice for estimate in evaluation.slices if estimate.state == slices.SMALL]
     if small:
         more = " and more" if len(small) > _MAX_NAMES else ""

@@ -64,9 +64,7 @@ def _estimate_metrics(
     estimates: dict[str, IntervalEstimate] = {}
     for metric, statistic in performance_metrics.prepare_metrics(kind, labels, predictions, "evaluation"):
         values, rests_on = np.asarray(statistic.compute(units)[0]), statistic.parts[0].rests_on
-        estimates[metric.name] = (
-            proportion_interval(values, rests_on, units) if statistic.is_share else percentile_interval(values)
-        )
+        estimates[metric.name] = proportion_interval(values, rests_on, units)
     if "f1" in estimates:
         estimates["f1"] = _f1_interval(estimates["f1"], estimates["precision"], estimates["recall"])
     return [MetricEstimate(name, e.value, e.low, e.high, len(predictions)) for name, e in estimates.items()]

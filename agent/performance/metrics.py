@@ -252,7 +252,9 @@ def _f1_of_labels(predictions: LabelledPredictions, labels: Sequence[str]) -> St
         return None
     true, predicted = label_sets(predictions, len(labels))
     support, named = true.sum(axis=0).tolist(), predicted.sum(axis=0).tolist()
-    whole = Part(len(true), min(support), min(support) * len(labels))
+    present = [n for n in support if n]
+    fewest = min(present, default=0)
+    whole = Part(len(true), fewest, fewest * len(present))
     parts = [_class_part(*of_label) for of_label in zip(labels, support, named, strict=True)]
     return _f1_with_mean(whole, parts, range(len(labels)), lambda w: label_f1(w, true, predicted))
 
@@ -273,7 +275,8 @@ def _f1_with_mean(
 
 def _f1_micro_of_labels(predictions: LabelledPredictions, labels: Sequence[str]) -> Statistic:
     true, predicted = label_sets(predictions, len(labels))
-    return _ratio_of(2 * (true & predicted).sum(axis=1), true.sum(axis=1) + predicted.sum(axis=1), Part(len(true)))
+    named = true.sum(axis=1) + predicted.sum(axis=1)
+    return _ratio_of(2 * (true & predicted).sum(axis=1), named, Part(len(true), rests_on=float(named.sum()) / 2))
 
 
 def label_sets(predictions: LabelledPredictions, label_count: int) -> tuple[Bools, Bools]:

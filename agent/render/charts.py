@@ -35,22 +35,25 @@ class ForestRow(msgspec.Struct, frozen=True):
 def render_forest(title: str, rows: Sequence[ForestRow], *, reference: float | None = None) -> str:
     """Return an inline SVG: values with their intervals, one per row. `reference` is a line across all rows."""
     draw = Drawing(_FOREST_WIDTH, title)
-    left, right = _FOREST_NAME_WIDTH, _FOREST_WIDTH - _FOREST_TEXT_WIDTH
+    # Long names stand above their intervals.
+    is_inline = all(text_width(row.name, 12.5) <= _FOREST_NAME_WIDTH - 8 for row in rows)
+    left, right = _FOREST_NAME_WIDTH if is_inline else 0.0, _FOREST_WIDTH - _FOREST_TEXT_WIDTH
+    row_height = _FOREST_ROW_HEIGHT if is_inline else 1.6 * _FOREST_ROW_HEIGHT
     low, high = _forest_range(rows, reference)
 
     def to_x(value: float) -> float:
         share = (value - low) / (high - low) if high > low else 0.5
         return left + _FOREST_PAD + (right - left - 2 * _FOREST_PAD) * min(max(share, 0.0), 1.0)
 
-    bottom = _FOREST_TOP + _FOREST_ROW_HEIGHT * len(rows)
+    bottom = _FOREST_TOP + row_height * len(rows)
     _draw_x_grid(draw, axes.linear_ticks(low, high, 4), _FOREST_TOP, bottom, bottom + 15, to_x)
     if reference is not None:
         draw.line(to_x(reference), _FOREST_TOP - 4, to_x(reference), bottom, _THEME.muted, stroke_dasharray="3 3")
     for i, row in enumerate(rows):
-        y = _FOREST_TOP + _FOREST_ROW_HEIGHT * (i + 0.5)
+        y = _FOREST_TOP + row_height * (i + 1) - _FOREST_ROW_HEIGHT / 2
         color = _THEME.series[0] if row.state == "ok" else _THEME.state_color(row.state)
-        name = truncate_text(row.name, 12.5, _FOREST_NAME_WIDTH - 8)
-        draw.text(0, y + 4, name, _THEME.ink, size=12.5, css_class="name")
+        name = row.name if is_inline else truncate_text(row.name, 12.5, _FOREST_WIDTH)
+        draw.text(0, y + (4 if is_inline else -13), name, _THEME.ink, size=12.5, css_class="name")
         if row.low is not None and row.high is not None:
             ends = to_x(row.low), y, to_x(row.high), y
             draw.line(*ends, color, stroke_width="2.5", stroke_linecap="round", css_class="interval")

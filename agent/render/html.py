@@ -9,6 +9,8 @@ import msgspec
 from agent.render.svg import FONT, html_text
 from agent.render.theme import adaptive_css
 
+# A table that is wider than the screen scrolls by itself: shadows at its edges and the keyboard show that.
+SCROLL_ATTRIBUTES = 'class="scroll" tabindex="0" role="group" aria-label="table"'
 # The page loads nothing, so the browser need not allow anything.
 _CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _CSS = """
@@ -37,7 +39,11 @@ p{margin:0 0 12px;max-width:72ch}
 .notes{color:var(--muted);font-size:14px;margin:12px 0 0;padding-left:18px}
 .notice li{margin:2px 0;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto;max-width:560px;font-family:inherit}
-.scroll{overflow-x:auto;margin:8px 0}
+.scroll{overflow-x:auto;margin:8px 0;
+background:linear-gradient(90deg,var(--paper) 40%,transparent) 0/60px 100% no-repeat local,
+linear-gradient(-90deg,var(--paper) 40%,transparent) 100%/60px 100% no-repeat local,
+linear-gradient(90deg,var(--reference-edge),transparent) 0/12px 100% no-repeat,
+linear-gradient(-90deg,var(--reference-edge),transparent) 100%/12px 100% no-repeat}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 14px 6px 0;border-bottom:1px solid var(--grid);vertical-align:top}
 th{font-weight:600;color:var(--muted);font-size:13px;white-space:nowrap}
@@ -49,6 +55,7 @@ td.fixed{white-space:nowrap}
 .state.ok{color:var(--ok)}.state.warning{color:var(--drift)}.state.none{color:var(--muted)}
 code{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 footer{margin-top:44px;border-top:1px solid var(--grid);padding-top:12px;color:var(--muted);font-size:13px}
+@media(max-width:640px){th{white-space:normal;vertical-align:bottom}td:last-child:not(.n){min-width:11em;overflow-wrap:anywhere}}
 @media print{main{max-width:none;padding:0}.card,.tile,tr{break-inside:avoid}}
 """
 
@@ -103,7 +110,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Content]], numeric_colu
         return element("tr", *cells)
 
     top = [table_row("th", header)] if any(header) else []
-    return element("div", element("table", *top, *(table_row("td", row) for row in rows)), css_class="scroll")
+    body = element("table", *top, *(table_row("td", row) for row in rows))
+    return Markup(f"<div {SCROLL_ATTRIBUTES}>{body.html}</div>")
 
 
 def bullet_list(items: Sequence[Content], css_class: str = "") -> Markup:

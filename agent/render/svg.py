@@ -41,7 +41,7 @@ class Drawing:
     """Drawing of a given width. Later elements cover earlier ones; coordinates are pixels."""
 
     def __init__(self, width: float, title: str) -> None:
-        self._width, self._title = width, title
+        self.width, self._title = width, title
         self._elements: list[str] = []
 
     def rect(self, x: float, y: float, w: float, h: float, fill: str, *, r: float = 0, **attributes: str) -> None:
@@ -88,14 +88,14 @@ class Drawing:
 
     def to_inline_svg(self, height: float) -> str:
         """Return an SVG element for an HTML page, as wide as its container, with the page's colours."""
-        head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
+        head = f'<svg viewBox="0 0 {self.width:g} {height:g}" role="img">'
         return "".join([head, f"<title>{html_text(printable(self._title))}</title>", *self._elements, "</svg>"])
 
     def to_svg_document(self, height: float, background: str, style: str = "") -> str:
         """Return an SVG file. `style` is CSS for a drawing whose colours are variables."""
         head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
-            f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{height:g}" '
+            f'viewBox="0 0 {self.width:g} {height:g}" role="img" font-family="{FONT}">'
         )
         title = f"<title>{html_text(printable(self._title))}</title>"
         paper = f'<rect width="100%" height="100%" fill="{background}"/>'

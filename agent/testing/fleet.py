@@ -17,7 +17,7 @@ from agent.quantities import parse_duration
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.patience import TIMEOUT_S, wait_until
 from agent.testing.process import OutstationProcess, run_outstation
-from agent.testing.reasons import describe_fleet, match_alert
+from agent.testing.reasons import describe_fleet, match_alert, require_device
 
 FLEET = "acme"
 _LOG_LINES = 30
@@ -154,6 +154,7 @@ class LocalFleet:
     def alerts(self, device: str = "") -> list[dict[str, Any]]:
         """Return all alerts that the collector has, raised and cleared, oldest first."""
         with self.open_store() as store:
+            require_device(device, store.enrolled_devices())
             return store.alerts(device or None, closed=True)
 
     def wait_for(

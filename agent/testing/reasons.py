@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from agent.errors import UsageError
 from agent.fleet.database.store import FleetStore
+from agent.toml_files import did_you_mean
 
+STATES = ("raised", "cleared")
 _MAX_DEVICES, _MAX_ALERTS = 20, 20
 
 
+def require_device(device: str, devices: Iterable[str]) -> None:
+    """Raise UsageError for the name of no device; "" is none."""
+    if device and device not in (known := [*devices]):
+        raise UsageError(f"no device {device!r}{did_you_mean(device, known)}")
+
+
 def match_alert(alerts: Sequence[dict[str, Any]], wanted: str, state: str) -> list[dict[str, Any]]:
-    """Return the alerts of a kind, or about a subject, in a state."""
+    """Return the alerts of a kind, or about a subject, in a state. Raises UsageError for a state that no alert has."""
+    if state not in STATES:
+        raise UsageError(f"state {state!r}: an alert is {' or '.join(STATES)}{did_you_mean(state, STATES)}")
     return [row for row in alerts if row["state"] == state and wanted in ("", row["alert"], row["subject"])]
 
 

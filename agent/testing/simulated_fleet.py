@@ -10,15 +10,13 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import UsageError
 from agent.quantities import parse_duration
-from agent.testing.reasons import describe_fleet, match_alert
+from agent.testing.reasons import describe_fleet, match_alert, require_device
 from agent.testing.simulation import report, scenario, setup
 from agent.testing.simulation.log import MachineLog
 from agent.testing.simulation.lossy_link import LossyLink
 from agent.testing.simulation.runner import Outcome, Simulation
 from agent.testing.simulation.scenario import Scenario
-from agent.toml_files import did_you_mean
 
 _LOG_LINES = 30
 # A test says itself how long it runs.
@@ -126,7 +124,8 @@ class SimulatedFleet:
         return matches[0] if matches else {}
 
     def alerts(self, device: str = "") -> list[dict[str, Any]]:
-        """Return all alerts that the collector has, raised and cleared, oldest first."""
+        """Return all alerts that the collector has, raised and cleared, oldest first. Raises UsageError."""
+        self._require(device)
         return self._simulation.store.alerts(device or None, closed=True)
 
     def connect(self, client: str, *topics: str) -> LossyLink:
@@ -140,9 +139,7 @@ class SimulatedFleet:
         self._simulation.air.set_offline(device, is_offline=is_offline)
 
     def _require(self, device: str) -> None:
-        """Raise UsageError for the name of no device; "" is none."""
-        if device and device not in self._simulation.devices:
-            raise UsageError(f"no device {device!r}{did_you_mean(device, self._simulation.devices)}")
+        require_device(device, self._simulation.devices)
 
     def finish(self) -> Outcome:
         """End the feeds, wait for what is under way, audit, and return the outcome; once."""

@@ -160,7 +160,10 @@ def load_private(path: Path) -> SigningKey:
     try:
         data = input_files.read_bytes(path)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no key here; make one with `outstation init` or `outstation model keygen`") from None
+        raise UsageError(
+            f"{path}: no key here; restore it from a backup. `outstation model keygen` makes another one, which counts "
+            "only where its public key is added"
+        ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {explain(error)}") from error
     return parse_private(data, path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from agent.testing.process import MissingProgram
 from scripts import interops
+from scripts.kit.usage import answer_help
 
 
 def main(names: list[str]) -> int:
@@ -32,4 +33,5 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from agent import text
 from agent.cli import output
 from agent.cli.log_format import PrintableFormatter
 from agent.render.svg import html_text
+from agent.text import count_columns, pad
 
 ROOT = Path(__file__).parents[2]
 # Colours and titles of a terminal, C1 controls, deletions, bidi overrides, line separators, half a surrogate pair.
@@ -98,3 +99,36 @@ def test_every_command_prints_through_the_escaping_functions() -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         matches = [f"{name}: {line.strip()}" for line in lines if raw.search(line) and name not in own]
         assert [line for line in matches if "printable" not in line and r'"\r\x1b[K"' not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("pump 7", 6),
+        ("振動センサー", 12),
+        ("펌프", 4),
+        ("ａ", 2),
+        ("e\u0301te\u0301", 3),
+        ("µ–°", 3),
+        ("🚰", 2),
+        ("", 0),
+    ],
+)
+def test_double_width_and_combining_characters_are_counted_in_columns(text: str, columns: int) -> None:
+    assert count_columns(text) == columns
+    assert [pad(text, columns + 3), pad(text, columns + 3, right=True)] == [f"{text}   ", f"   {text}"]
+    assert pad(text, 0) == text
+
+
+def test_tables_of_east_asian_text_stay_aligned_and_within_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    message = "軸受の温度が基準より高い。" * 6
+    output.print_table(["sensor", "n", "message"], [["振動センサー", 3, message], ["pump", 12, "ok"]], "")
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(count_columns, lines)) in (59, 60)
+    starts = [(head, "message"), (lines[0], "軸"), (lines[-1], "ok")]
+    assert [count_columns(line.partition(cell)[0]) for line, cell in starts] == [18] * 3
+    assert "".join(line.strip() for line in lines[:-1]).endswith(message)
+    assert not any(line.lstrip().startswith("。") for line in lines)

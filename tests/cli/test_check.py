@@ -43,6 +43,24 @@ def finding(file: Path) -> tuple[int, dict[str, str]]:
     return done.returncode, result
 
 
+def test_a_disk_that_cannot_hold_the_store_is_a_warning(tmp_path: Path) -> None:
+    file = device(tmp_path, "")
+    for limit, state in (("64 MiB", "ok"), ("900 TiB", "warning")):
+        file.write_text(file.read_text().partition("[buffer]")[0] + f'[buffer]\nmax_size = "{limit}"\n')
+        results = json.loads(call_outstation("check", "-c", str(file), "--json").stdout)
+        [check] = [check for check in results if check["name"] == "storage"]
+        assert (check["state"], "lower [buffer] max_size" in check["detail"]) == (state, state == "warning")
+
+
+def test_files_that_the_watcher_of_a_folder_leaves_unread_are_counted(tmp_path: Path) -> None:
+    file = device(tmp_path, '[streams.watch]\nfields = [{ name = "a" }]\nsource = { kind = "files", folder = "in" }\n')
+    assert finding(file)[1]["detail"] == f"tables, of the files in {tmp_path / 'in'}"
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "b.CSV", ".hidden", "c.csv.gz", "d.txt"):
+        (tmp_path / "in" / name).write_text("a\n1\n")
+    assert ".jsonl, .ndjson, .parquet; 2 stay there unread, such as c.csv.gz" in finding(file)[1]["detail"]
+
+
 @pytest.mark.parametrize(
     ("stream", "message"),
     [

@@ -41,6 +41,23 @@ def test_malformed_input_is_answered_in_one_line(made: Path, part: str) -> None:
     assert sum(outcome.code > 0 for _, outcome in results) >= 3, "these inputs are not wrong"
 
 
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (("results", "x"), "there is no task 'x'; the config has no task; add a section [tasks.NAME]"),
+        (("tail", "x"), "there is no stream 'x'; the config has no stream; add a section [streams.NAME]"),
+    ],
+)
+def test_a_name_on_a_device_without_any_is_answered_with_how_to_add_one(
+    tmp_path: Path, args: tuple[str, ...], problem: str
+) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text('[device]\nid = "pi"\nfleet = "acme"\n')
+    done = call_outstation(*args, "-c", str(file))
+    assert done.returncode == 2
+    assert problem in done.stderr
+
+
 def test_a_command_in_a_process_that_goes_on_leaves_garbage_collection_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

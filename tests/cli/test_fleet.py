@@ -140,9 +140,9 @@ def test_the_fleets_month_counts_silent_devices_as_the_mean_of_those_that_stated
     collected(folder, sender, sender.append("health", outbox=0, usage=usage), *(sender.health() for _ in range(60)))
     collected(folder, MessageSender(device="pi-08"))
     report = document("cost", "--dir", folder)
-    assert [(each["device"], each["month"] is None) for each in report["devices"]] == [
-        ("pi-07", False),
-        ("pi-08", True),
+    assert [(each["device"], each["counted_s"], each["month"] is None) for each in report["devices"]] == [
+        ("pi-07", 86_400, False),
+        ("pi-08", None, True),
     ]
     assert report["fleet"]["devices"] == 2
     assert report["fleet"]["inferences"] == round(1e4 * 30.4375)
@@ -159,7 +159,7 @@ def test_the_month_of_simulated_devices_says_that_processor_time_is_not_measured
     collected(folder, sender, sender.append("health", outbox=0, usage=usage))
     assert document("cost", "--dir", folder)["fleet"]["cpu_s"] is None
     text = run("cost", "--dir", folder).stdout
-    assert re.search(r"pi-07 +304,375 +- +30\.4 GB +30\.4 MB +-\n", text)
+    assert re.search(r"pi-07 +24\.00 h +304,375 +- +30\.4 GB +30\.4 MB +-\n", text)
     assert "304,375 inferences, 30.4 GB on flash, 30.4 MB on the air\nNot measured: processor time and energy." in text
 
 

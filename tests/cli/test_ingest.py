@@ -148,6 +148,15 @@ def test_for_a_person_there_is_a_sum_and_the_reason_for_each_bad_line(
     assert len(others) == 5
 
 
+def test_the_same_advice_about_two_reasons_is_given_once(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text("ax,ay\n17,0\n-17,0\n")
+    _, out, _ = ingest("watch", home / "in.csv")
+    assert out.splitlines()[0] == "0 rows accepted, 2 rejected"
+    assert out.count("What to do: max and min are in the config") == 1
+
+
 def test_of_very_many_bad_lines_twenty_are_shown(home: Path, ingest: Callable[..., tuple[int, str, str]]) -> None:
     (home / "in.csv").write_text("ax,ay\n" + "x,y\n" * 100)
     code, out, _ = ingest("watch", home / "in.csv")

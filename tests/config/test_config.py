@@ -176,6 +176,7 @@ def test_a_bundle_with_a_slash_is_a_path(tmp_path: Path) -> None:
         ),
         (STREAM + TASK + 'shedule = "every 1 s"', "tasks.exercise.shedule", "did you mean 'schedule'?"),
         (STREAM + TASK + "publish = { bellow = 1 }", "tasks.exercise.publish.bellow", "did you mean 'below_score'?"),
+        (STREAM + TASK + "slices = [{ feild = 'ax', edges = [0] }]", "tasks.exercise.slices[0].feild", "mean 'field'?"),
         ("[task.exercise]\nstream = 'x'", "task", "unknown key; did you mean 'tasks'?"),
     ],
 )
@@ -230,7 +231,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "streams.a.fields",
             "are defined by the source's image or sound; remove them",
         ),
-        (MADE.format("image = { width = 9, height = 9, scale = nan }"), "streams.a.source.image", "must be finite"),
+        (
+            MADE.format("image = { width = 9, height = 9, scale = nan }"),
+            "streams.a.source.image.scale",
+            "is nan; give a finite number",
+        ),
         (MADE.format("image = { width = 9 }"), "streams.a.source.image.height", "this key is required; add it"),
         (MADE.format("image = { width = 9, hieght = 9 }"), "streams.a.source.image.hieght", "did you mean 'height'?"),
         (MADE.format("sound = " + SOUND.replace("8 }", "8, low = 9000 }")), "streams.a.source.sound", "within half"),
@@ -253,7 +258,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "streams.watch.fields",
             "min 2 is above max 1",
         ),
-        ("[streams.watch]\nfields = [{ name = 'a', max = inf }]", "streams.watch.fields", "must be finite"),
+        (
+            "[streams.watch]\nfields = [{ name = 'a', max = inf }]",
+            "streams.watch.fields[0].max",
+            "is inf; give a finite number",
+        ),
         (
             "[streams.watch]\nfields = [{ name = 'a', type = 'f16' }]",
             "streams.watch.fields[0].type",
@@ -314,7 +323,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "tasks.exercise.stream",
             "unknown stream 'wacth'; did you mean 'watch'?",
         ),
-        (TASK, "tasks.exercise.stream", "unknown stream 'watch'; there is none"),
+        (
+            TASK,
+            "tasks.exercise.stream",
+            "unknown stream 'watch'; the config has no stream; add a section [streams.NAME]",
+        ),
         (STREAM + "[tasks.a]\nstream = 'watch'", "tasks.a.bundle", "this key is required; add it"),
         (
             STREAM + "[tasks.pump]\nstream = 'watch'\nbundle = 'x'\n[[tasks.pmp.alerts]]\nname = 'a'\nlabel = 'b'",
@@ -326,6 +339,8 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be positive"),
         (STREAM + TASK + "deadline = 2", "tasks.exercise.deadline", "must be a number with a unit"),
         (STREAM + TASK + "learn_windows = 5", "tasks.exercise.learn_windows", "must be at least 20"),
+        (STREAM + "privacy = { round = { ay = 1, ax = 'x' } }", "streams.watch.privacy.round.ax", "must be a number"),
+        (STREAM + TASK + "inputs = { a = { stream = 'watch' }, b = 1 }", "tasks.exercise.inputs.b", "must be a table"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_the_fix(tmp_path: Path, text: str, key: str, message: str) -> None:

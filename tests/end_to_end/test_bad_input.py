@@ -57,7 +57,7 @@ def test_data_that_are_none_are_named_with_the_key_of_the_spec(
     [
         ("a,b,c,d,label\n" + "2,0,0,-1,left\n" * 100, "only one class, 'left'"),
         ("a,b,c,d,label\n", "0 labelled results; at least 40 are needed"),
-        ("a,b,c,d\n1,2,3,4\n", "no column label in it"),
+        ("a,b,c,d\n1,2,3,4\n", "no column label; there is a, b, c, d; calibration needs the true label"),
         ("a,b,c,d,label\n1,2,3,4,up\n", "this is no label of this model; it knows left, right, rest"),
     ],
 )

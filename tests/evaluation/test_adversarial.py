@@ -212,6 +212,14 @@ def test_each_field_and_class_has_its_smallest_change_in_sd_and_in_units(tmp_pat
     assert all((of_field(result.smallest_changes, f).median_sd or np.inf) >= every.median_sd for f in CLASSIFY.fields)
 
 
+def test_a_search_that_was_left_out_is_named(tmp_path: Path) -> None:
+    bundle, data = packed(tmp_path, CLASSIFY), labelled(tmp_path / "rows.csv")
+    notes = [
+        evaluated(bundle, data, adversarial=True, max_invocations=most).notes for most in (1000, attack.MAX_INVOCATIONS)
+    ]
+    assert ["No trigger was searched" in " ".join(each) for each in notes] == [True, False]
+
+
 def test_privacy_leaves_out_the_change_of_a_single_window(tmp_path: Path) -> None:
     result = attacked(tmp_path, min_count=20)
     assert {change.smallest_sd for change in result.smallest_changes} == {None}

@@ -108,6 +108,25 @@ def test_all_right_is_not_certainly_all_right() -> None:
     assert report.low == pytest.approx(low, rel=1e-4)
 
 
+def test_no_metric_is_certainly_perfect_because_few_results_are_right() -> None:
+    truth = np.arange(40) % 2
+    sets = np.zeros((40, 2, 3), bool)
+    sets[:, :, 0] = (truth == 1)[:, None]
+    sets[::4, :, 1] = True
+    perfect = {
+        "classify": LabelledPredictions(truth.astype(float), predicted=truth),
+        "several": LabelledPredictions(truth.astype(float), predicted=truth, label_sets=sets),
+        "anomaly": LabelledPredictions(truth.astype(float), predicted=truth, value=truth.astype(float)),
+    }
+    for kind, pairs in perfect.items():
+        report = metrics.compute(kind, ["a", "b"] if kind == "classify" else ["a", "b", "c"], pairs, alone(40)).metrics
+        assert len(report) >= 2
+        for estimate in report:
+            assert estimate.value == 1
+            assert estimate.low is not None
+            assert 0.6 < estimate.low < 0.97, (kind, estimate)
+
+
 def test_as_many_results_count_as_one_as_groups_are_alike() -> None:
     group = np.repeat(np.arange(50), 20)
     rng = np.random.default_rng(0)

@@ -300,6 +300,23 @@ def test_what_is_let_in_while_the_broker_runs_needs_no_restart(site: Site, tmp_p
         Link(site.config.broker_for(identity), "b", subscribe=topic_filters("acme", group=site.group)).close()
 
 
+def test_devices_that_were_let_in_while_the_broker_runs_are_revoked_one_after_the_other(site: Site) -> None:
+    """Mosquitto 2.0 crashed: a role that it deletes stays in the list of a client that it created as it ran."""
+    names = ("pi-11", "pi-12", "pi-13")
+    with site.broker:
+        for name in names:
+            site.store.enrol(name, MessageSender(name).key.public, replace=False, now=NOW)
+            assert broker_control.apply(site.folder, site.config, AccessChange(name, "device")).is_in_force
+            site.issue(name)
+        for name in names:
+            link = Link(site.as_device(name), name)
+            done = site.revoke(name)
+            assert (done.ended, done.steps) == (True, ())
+            with pytest.raises(LinkDown):
+                link.receive(5)
+            link.close()
+
+
 def test_a_change_that_is_in_force_disconnects_nobody(site: Site) -> None:
     with site.broker:
         link = Link(site.as_device("pi-07"), "x")

@@ -491,7 +491,24 @@ def test_the_report_names_the_first_onset_and_its_states(folder: Path) -> None:
     assert alone["features"]["f0"]["n"] == 4800
     assert alone["first_onset"] is None
     assert (alone["windows"], alone["sensor_fault_windows"]) == (12, 0)
+    assert sum(span["windows"] for span in alone["history"]) == 12
+    assert [name for span in alone["history"] for name in (*span["drift"], *span["fault"])] == []
     assert (alone["features"]["f0"]["drift"], alone["features"]["f0"]["fault"]) == ([], [])
+
+
+def test_the_report_of_a_device_counts_no_window_of_another(folder: Path) -> None:
+    store = FleetStore(folder / "fleet.db")
+    for number, sender in enumerate(devices(2)):
+        times = [0, 1, *([-29_900_000, 1] if number == 0 else [])]
+        add(store, sender, *(window(sender, m, {"ax": field([0.0])}, window=_at(m)) for m in times))
+    store.close()
+    members = ("windows", "unsynced_windows")
+    counts = {}
+    for name in ("pi-00", "pi-01"):
+        document = json.loads(run("drift", "--dir", folder, "--device", name, "--json").stdout)
+        [task] = document["tasks"]
+        counts[name] = [*(task[member] for member in members), document["duplicate_windows"]]
+    assert counts == {"pi-00": [3, 1, 1], "pi-01": [2, 0, 0]}
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_useless_labels_are_one_error(tabular: Path, tmp_path: Path, labels: lis
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--label", "truth"), "no column truth; there is a, b, c, d, label, site"),
+        (("--label", "truth"), "no column truth; there is a, b, c, d, label, site; give a file with it, or name the"),
+        (("--label", "truth"), "column of labels with --label COL"),
         (("--group", "who"), "no column who"),
         (("--slice", "who"), "no column who"),
         (("--train", "none.csv"), "none.csv: no such file"),

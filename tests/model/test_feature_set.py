@@ -100,11 +100,11 @@ def test_a_spec_that_does_not_fit_its_feature_file_names_the_key(
         ('"a", "b"]', '"a", "b", "@x"]', "field '@x' begins with = + - or @"),
         ("rows = 5", "rows = -5", "rows"),
         ("max_gap_s = 0.5", "max_gap_s = inf", "give a finite number"),
-        ("rows = 5", "rows = 5, rate = inf", "rate and band must be finite"),
+        ("rows = 5", "rows = 5, rate = inf", "rate: is inf; give a finite number"),
         (
             '"mean", field = "a", rows = 5',
             '"band", field = "a", rows = 5, band = [0.0, inf], rate = inf',
-            "must be finite",
+            "band[1]: is inf",
         ),
         ('name = "motion"', 'name = "Motion x"', "must be 1-64"),
         ('version = "1.0.0"', 'version = "\\u001b[31m1"', "must be printable"),

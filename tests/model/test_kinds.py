@@ -398,7 +398,7 @@ def test_windows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> Non
         (lambda p: labelled_rows(p, 300, lambda rows: ["rest"] * len(rows)), "the data have only one class, 'rest'"),
         (lambda p: labelled_rows(p, 30, of_softer_model), "30 labelled results; at least 40 are needed"),
         (lambda p: labelled_rows(p, 300, lambda rows: ["up"] * len(rows)), "this is no label of this model"),
-        (lambda p: write_csv(p, ("a", "b", "c", "d"), readings(50)), "no column label in it"),
+        (lambda p: write_csv(p, ("a", "b", "c", "d"), readings(50)), "no column label; there is t, a, b, c, d; "),
         (lambda p: write_csv(p, ("a", "b", "c"), readings(50)[:, :3]), "no column d; there is t, a, b, c"),
         (lambda p: p.write_text(""), "the file is empty"),
         (lambda p: p.write_text("a,b,c,d,label\n"), "0 labelled results"),

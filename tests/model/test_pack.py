@@ -72,7 +72,7 @@ def test_held_out_data_tell_how_often_scores_are_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "problem"),
-    [(0, "held-out.csv: has no column label"), (60, "60 labelled windows; an estimate takes 100")],
+    [(0, "held-out.csv: no column label; there is t, "), (60, "60 labelled windows; an estimate takes 100")],
 )
 def test_held_out_data_without_enough_labels_are_refused(tmp_path: Path, rows: int, problem: str) -> None:
     spec = change(write_spec(tmp_path), "[output]", '[output]\nheld_out = "held-out.csv"')

@@ -130,6 +130,15 @@ def test_an_alert_that_was_over_before_anybody_was_notified_is_sent_with_its_end
     assert "cleared 2026-11-24 22:18:01 UTC: ax: as before." in desk.documents()[0]["text"]
 
 
+def test_a_revoked_key_is_sent_once(store: FleetStore, hook: HookServer) -> None:
+    desk = Desk(store, hook, remind_every=Duration(86_400))
+    desk.alert(state="cleared")
+    desk.turn()
+    [kid] = store.revoke("pi-07", None, desk.time())
+    assert [f"Key {kid[:20]}" in subject for subject in desk.turn()] == [True]
+    assert desk.turn(3 * 86_400, step=3_600) == []
+
+
 def test_an_alert_that_becomes_worse_is_sent_again(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     desk.alert()

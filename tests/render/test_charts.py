@@ -109,3 +109,9 @@ def test_light_and_dark_define_equal_variables() -> None:
     assert light == dark
     used = set(re.findall(r"var\((--[\w-]+)\)", render_forest("x", [ForestRow("a", 0.5, 0.4, 0.6, "", "drift")])))
     assert used <= light
+
+
+def test_a_long_name_of_a_forest_plot_is_whole() -> None:
+    name = "building = north wing, floor 4, machine"
+    rows = [ForestRow(name, 0.5, 0.4, 0.6, "0.5 of 9"), ForestRow("short", 0.5, 0.4, 0.6, "0.5 of 9")]
+    assert f">{name}</text>" in render_forest("Slices", rows)

@@ -42,7 +42,7 @@ def run(
     outcome = Outcome(
         injected=injected, devices=["a", "b"], fields=streams,
         task_streams={"motion": ["watch"], "sound": ["mic"]}, class_tasks=["motion"], commit_s=10.0, health_s=60.0,
-        messages=0, digest="", rows=0, rejected=0, labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(),
+        messages=0, digest="", rows={}, labels={}, undelivered=[], audit=AuditReport(),
         rollouts={}, refusals={}, simulated_s=10_800.0, real_s=0.0, peak_bytes=0,
     )  # fmt: skip
     return attribute(scenario, outcome, alerts, rolled)

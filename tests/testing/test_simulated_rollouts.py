@@ -265,6 +265,16 @@ def test_a_step_that_selects_too_few_devices_stops_the_run_before_it_starts(
         simulate("a", "good", plan=plan)
 
 
+def test_a_scenario_with_rejected_labels_only_fails(simulate: Callable[..., dict[str, Any]]) -> None:
+    report = simulate(
+        "a", "good", ends="held", duration="3 min", labels={"tiny": {"column": "a", "every": 1, "delay": "10 s"}}
+    )
+    assert not report["passed"]
+    assert report["labels"] == 0
+    rejected = f"all {report['rejected_labels']} labels of task tiny: this is no label of this model; it knows left"
+    assert any(rejected in problem for problem in report["problems"])
+
+
 def test_labels_of_a_column_that_the_recording_lacks_are_an_error(simulate: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(UsageError, match=r"rows\.csv: has no column 'truth' for labels"):
         simulate("a", "good", labels={"tiny": {"column": "truth"}})

@@ -137,7 +137,7 @@ def test_a_full_disk_behind_small_commits_is_survived_and_the_page_shows_each_se
         document = report.build(chosen, outcome, simulation.store)
     assert outcome.audit.passed, outcome.audit.to_dict()
     # The recording goes on through the full disk: its rows are stored when there is space again.
-    assert outcome.rows >= 2 * 228
+    assert outcome.rows["watch"].accepted >= 2 * 228
     assert [event["settings"] for event in document["events"]] == [
         {},
         {"behind": 7200.0, "synced": False},
@@ -168,7 +168,7 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
         fleet.run("15 s")
         devices = fleet._simulation.devices.values()
         read_counts = [device._feeds["watch"]._count for device in devices]
-    assert [device.rows for device in devices] == read_counts
+    assert [device.rows["watch"].accepted for device in devices] == read_counts
     assert min(read_counts) > 50
 
 
@@ -182,6 +182,12 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
             'events = [{ kind = "outage", at = "2 s", expect = ["drfit"] }]',
             r"\.expect: .*'drfit'; did you mean 'drift'",
         ),
+        ('events = [{ kind = "outage", at = "2 s", amount = 2 }]', r"\.amount: unknown key; sections of another kind"),
+        ('events = [{ kind = "gain", at = "2 s", fields = ["ax"] }]', r"\.amount: gain by 1 changes nothing"),
+        ('events = [{ kind = "spikes", at = "2 s", fields = ["ax"] }]', r"\.amount: spikes by 0 changes nothing"),
+        ('events = [{ kind = "noise", at = "2 s", fields = ["ax"], amount = -1 }]', r"noise needs an amount above 0"),
+        ('events = [{ kind = "offset", at = "2 s", fields = ["ax"], amount = nan }]', r"\[0\]\.amount: is nan"),
+        ('events = [{ kind = "outage", at = "2 s", devices = [] }]', r"\.devices: must have at least 1 entry"),
         ('events = [{ kind = "clock", at = "2 s" }]', r"events\[0\]: a clock is either ahead or behind"),
         ('events = [{ kind = "clock", at = "2 s", ahead = "2 h", behind = "1 h" }]', r"either ahead or behind"),
         ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[0\]\.devices: no device"),
@@ -258,6 +264,10 @@ def test_names_of_no_device_and_numbers_of_devices_out_of_range_are_refused(tmp_
         for act in (lambda: fleet.wait_for("ax", device="hall-1", within="1 s"), lambda: _cut(fleet, "hall-02")):
             with pytest.raises(UsageError, match=r"no device 'hall-0?[12]'; did you mean 'hall-01'\?"):
                 act()
+        with pytest.raises(UsageError, match="no device 'hall-7'"):
+            fleet.alerts("hall-7")
+        with pytest.raises(UsageError, match="state 'raisd': an alert is raised or cleared; did you mean 'raised'"):
+            fleet.wait_for("ax", within="1 s", state="raisd")
         assert fleet.now_s == 0.0
 
 
@@ -285,7 +295,7 @@ def test_the_summary_says_that_devices_rejected_the_labels(
         "events": [],
         "rollouts": [],
         "missed": 0,
-        "undelivered": [],
+        "problems": ["Devices rejected all 610 labels of task tiny: up is no class."],
         "devices": 1,
         "messages": 9,
     }
@@ -294,4 +304,6 @@ def test_the_summary_says_that_devices_rejected_the_labels(
     document["audit"] = {}
     monkeypatch.setattr(simulate_scenario, "print_audit", lambda *_: None)
     simulate_scenario._print_scenario(document)
-    assert "warning: devices rejected 610 labels: each must be a class of its model" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "warning: devices rejected 610 labels: each must be a class of its model" in shown
+    assert "not passed: Devices rejected all 610 labels of task tiny: up is no class." in shown

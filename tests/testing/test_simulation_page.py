@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from agent.testing.simulation.page import render
+from tests.kit import browsers
 
 _HOSTILE = """</table></svg><script>alert(1)</script><img src=x onerror="alert('1')">"""
+
+
+# Left and right ends of the names, bars, dots and times of the timeline.
+_PLACES = """[...document.querySelectorAll('.event > span, .bar, .dot, .tick')].map(box => box.getBoundingClientRect())
+    .filter(place => place.width).map(place => [place.left, place.right])"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    yield from browsers.launched()
 
 
 class _Tags(HTMLParser):
@@ -44,7 +59,8 @@ def _report(name: str, **answer: Any) -> dict[str, Any]:
     rollout = {"name": name, "version": name, "outcome": name, "ends": name, "passed": False, "why": name}
     rollout |= {"steps": [step], "devices": [device]}
     return {
-        "passed": False, "seed": 1, "devices": 5, "simulated_seconds": 14400.0, "messages": 1, "rows": 1,
+        "passed": False, "problems": [name], "seed": 1, "devices": 5, "simulated_seconds": 14400.0,
+        "messages": 1, "rows": 1,
         "messages_per_second": 1.0, "messages_digest": name, "peak_bytes": 1, "undelivered": [name], "missed": 1,
         "events": events, "rollouts": [rollout], "false_alarms": {"n": 1, "budget": 0, "alerts": [alert]},
         "audit": {"passed": False, "messages": 1, "devices": 5, "invalid": invalid},
@@ -82,3 +98,16 @@ def test_devices_with_the_same_phases_of_a_rollout_share_a_row() -> None:
     assert "active 1 min to 16 h 40 min" in text
     assert "hall-0004" not in text
     assert "hall-1001" in text
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_screen_shows_the_whole_timeline(tmp_path: Path, browser: Any, width: int) -> None:
+    (tmp_path / "report.html").write_text(render(_report("workshop-north-017")))
+    tab = browser.new_page(viewport={"width": width, "height": 844})
+    tab.goto((tmp_path / "report.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    places = tab.evaluate(_PLACES)
+    tab.close()
+    assert len(places) > 10
+    assert min(left for left, _ in places) >= 0
+    assert max(right for _, right in places) <= width

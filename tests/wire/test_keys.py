@@ -120,8 +120,10 @@ def test_a_key_in_a_missing_folder_is_one_line_of_error(tmp_path: Path) -> None:
         keys.generate(tmp_path / "nowhere" / "device.key")
 
 
-def test_a_missing_key_file_names_the_command_to_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no key here; make one with `outstation init`"):
+def test_a_missing_key_file_is_to_be_restored_since_nobody_trusts_another_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"no key here; restore it from a backup\. `outstation model keygen` makes another"
+    ):
         keys.load_private(tmp_path / "device.key")
 
 

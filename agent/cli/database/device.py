@@ -15,6 +15,7 @@ from agent.cli.groups import SentenceGroup
 from agent.cli.options import config_option, config_options, parse_since
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.config import StreamConfig
+from agent.config.streams import NO_STREAM
 from agent.device import newest
 from agent.device.store.store import DATABASE, Store
 from agent.device.store.tables import row_crc
@@ -41,7 +42,7 @@ def readings(
     require_one_format(as_csv, as_json)
     file, conf = device.load_config(config_file)
     if stream not in conf.streams:
-        raise UsageError(f"{file}: there is no stream {stream!r}{did_you_mean(stream, conf.streams)}")
+        raise UsageError(f"{file}: there is no stream {stream!r}{did_you_mean(stream, conf.streams, NO_STREAM)}")
     now_us = clock.read().wall_us
     begin = parse_since("--since", since, now_us) if since else ""
     end = parse_since("--until", until, now_us) if until else "~"

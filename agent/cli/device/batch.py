@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from agent.bootstrap import device
+from agent.bootstrap import backlog, device
 from agent.cli.output import emit, print_table
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 
@@ -15,9 +15,6 @@ def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
     with contextlib.closing(device.open_store(conf)) as store:
         message_log, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, message_log).tick(now())
-        # Imported here: a wrong config or a locked store needs none of it.
-        from agent.bootstrap import backlog
-
         names = [task] if task else list(conf.tasks)
         totals = backlog.process_backlogs(file, conf, store, message_log, now, names)
     rows = [list(total.values()) for total in totals]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from msgspec.structs import asdict
 
 from agent import clock
 from agent.bootstrap import device, sinks, tasks
+from agent.cli.cost_output import format_bytes
 from agent.cli.device.cost import build_document as build_cost
 from agent.cli.device.status import format_metered
 from agent.cli.options import config_option, json_option
@@ -45,7 +47,7 @@ from agent.kernel import library
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
-from agent.text import printable
+from agent.text import count_columns, pad, printable
 
 _FETCH_TIMEOUT_S = 20.0
 # Of the bytes of a message, with `[broker] compress`.
@@ -143,11 +145,7 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     # Before the store is opened for writing: that resets how the last process stopped.
     yield from _check_store_condition(conf)
     running = _is_running(conf)
-    yield (
-        CheckResult("storage", "ok", f"{conf.data_dir}, in use by the running daemon")
-        if running
-        else _check_storage(conf)
-    )
+    yield _check_storage(conf, running)
     yield _check_clock(conf)
     yield from _check_metered(conf)
     for name, target in conf.notify.targets.items():
@@ -292,14 +290,24 @@ def _is_running(conf: Config) -> bool:
     return False
 
 
-def _check_storage(conf: Config) -> CheckResult:
+def _check_storage(conf: Config, running: bool) -> CheckResult:
+    limit = int(conf.buffer.max_size)
     try:
-        with open_store(conf.data_dir, max_size=int(conf.buffer.max_size), with_journal=conf.buffer.journal) as store:
+        opened = (
+            Store.open_read_only(conf.data_dir)
+            if running
+            else open_store(conf.data_dir, max_size=limit, with_journal=conf.buffer.journal)
+        )
+        with opened as store:
             used = store.used_bytes()
+        free = shutil.disk_usage(conf.data_dir).free
     except (OutstationError, OSError) as problem:
         return CheckResult("storage", "failed", f"{problem}; check [device] data_dir and its owner")
-    limit = int(conf.buffer.max_size) >> 20
-    return CheckResult("storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {limit} MiB used")
+    text = f"{conf.data_dir}{', in use by the running daemon' * running}, {used >> 10} KiB of {limit >> 20} MiB used"
+    if free >= limit - used:
+        return CheckResult("storage", "ok", text)
+    shortage = f"the disk has {format_bytes(free)} left, too little for them: make room, or lower [buffer] max_size"
+    return CheckResult("storage", "warning", f"{text}; {shortage}")
 
 
 def _check_store_condition(conf: Config) -> Iterator[CheckResult]:
@@ -388,8 +396,8 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
 
 
 def _print(results: list[CheckResult]) -> None:
-    width = max(len(result.name) for result in results)
+    width = max(count_columns(printable(result.name)) for result in results)
     for result in results:
         state = click.style(result.state.ljust(7), fg=STATE_COLORS[result.state])
-        line = f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}"
+        line = f"{state}  {pad(printable(result.name), width)}  {printable(result.detail)}"
         echo_wrapped(line, width + 11, in_terminal_only=True)

@@ -26,6 +26,7 @@ from agent.cli.output import echo, emit, print_rejected
 from agent.client import Client, FlushResult
 from agent.config import Config, StreamConfig
 from agent.config.sources import FilesSource
+from agent.config.streams import NO_STREAM
 from agent.datasets.formats import open_file
 from agent.device.intake.connection import FILE_PREFIX, FILE_SOURCE, client_position
 from agent.device.intake.decode_process import DecodeProcess
@@ -54,7 +55,7 @@ _MAX_LINE_BYTES = 900_000
 @click.option(
     "--sep", "separator", metavar="C", help="Separator of the CSV file; default: found in its first line (, ; or tab)."
 )
-@click.option("--timezone", metavar="ZONE", help="Time zone of times without one, such as Europe/Berlin.")
+@click.option("--timezone", metavar="ZONE", help="Time zone of texts without one, such as Europe/Berlin.")
 @config_options
 def ingest(
     stream: str,
@@ -78,7 +79,7 @@ def ingest(
     conf_file, conf = device.load_config(config_file)
     if stream not in conf.streams:
         raise ConfigError(
-            str(conf_file), "streams", f"there is no stream {stream!r}{did_you_mean(stream, conf.streams)}"
+            str(conf_file), "streams", f"there is no stream {stream!r}{did_you_mean(stream, conf.streams, NO_STREAM)}"
         )
     if isinstance(source := conf.streams[stream].source, FilesSource) and source.media_format:
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")

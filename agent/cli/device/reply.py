@@ -11,6 +11,7 @@ import io
 from typing import Any
 
 from agent.cli.output import echo
+from agent.text import count_columns, pad
 
 _MAX_DEPTH = 8
 
@@ -35,10 +36,10 @@ def _format_status(data: dict[str, Any]) -> str | None:
 def _format_members(members: dict[str, Any], depth: int) -> list[str]:
     """Return a line for each member, with names and values aligned, and tables and lists indented below theirs."""
     indent, lines = "  " * depth, []
-    width = max((len(name) for name, value in members.items() if not _is_nested(value)), default=0)
+    width = max((count_columns(name) for name, value in members.items() if not _is_nested(value)), default=0)
     for name, value in members.items():
         if not _is_nested(value) or depth >= _MAX_DEPTH:
-            lines.append(f"{indent}{name.ljust(width)}  {_format_value(value)}")
+            lines.append(f"{indent}{pad(name, width)}  {_format_value(value)}")
             continue
         lines.append(f"{indent}{name}")
         for item in [value] if isinstance(value, dict) else value:

@@ -17,6 +17,7 @@ from agent.cli.follow import (
     last_option,
 )
 from agent.cli.options import config_options
+from agent.config.streams import NO_STREAM
 from agent.device import newest
 from agent.errors import UsageError
 from agent.toml_files import did_you_mean
@@ -36,7 +37,7 @@ def tail(stream: str, last: int, follow: bool, config_file: str | None, as_json:
     """
     file, conf = device.load_config(config_file)
     if stream not in conf.streams:
-        raise UsageError(f"{file}: there is no stream {stream!r}{did_you_mean(stream, conf.streams)}")
+        raise UsageError(f"{file}: there is no stream {stream!r}{did_you_mean(stream, conf.streams, NO_STREAM)}")
     settings = conf.streams[stream]
     names = [field.name for field in settings.fields[:_MAX_FIELDS]]
     with device.open_store_read_only(conf) as store:

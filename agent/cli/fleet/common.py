@@ -79,7 +79,8 @@ def open_for_reading(home: Path, db: str | None = None, device: str | None = Non
     store = FleetStore(database_url(config, db), read_only=True)
     click.get_current_context().call_on_close(store.close)
     if device is not None and device not in (known := store.enrolled_devices()):
-        raise UsageError(f"no device {device!r} is enrolled{did_you_mean(device, known)}")
+        hint = did_you_mean(device, known, "no device is: `outstation fleet invite DEVICE`")
+        raise UsageError(f"no device {device!r} is enrolled{hint}")
     return config, store
 
 

@@ -62,25 +62,28 @@ def cost(
             "hour, or run `outstation cost` on a device"
         ) from None
     document: dict[str, Any] = {
-        "devices": [{"device": name, "month": month} for name, month in months.items()],
+        "devices": [
+            {"device": name, "counted_s": usage and usage.seconds, "month": months[name]}
+            for name, usage in usages.items()
+        ],
         "fleet": to_money(mean, prices, len(usages)),
     }
     if plot is not None:
         document["plot"] = save_chart(mean, prices, plot, dark=dark)
 
     def print_all() -> None:
-        columns = ["device", "inferences", "processor h", "flash", "air", "kWh"]
-        print_table(columns, [_to_cells(name, month) for name, month in months.items()], "No device.")
+        columns = ["device", "counted for", "inferences", "processor h", "flash", "air", "kWh"]
+        print_table(columns, [_to_cells(name, usage, months[name]) for name, usage in usages.items()], "No device.")
         echo("")
         describe_money(mean, prices, len(usages))
 
     emit(document, as_json, print_all)
 
 
-def _to_cells(name: str, month: Usage | None) -> list[Any]:
-    if month is None:
-        return [name, *["-"] * 5]
+def _to_cells(name: str, counted: Usage | None, month: Usage | None) -> list[Any]:
+    if counted is None or month is None:
+        return [name, *["-"] * 6]
     processor = "-" if month.cpu_s is None else f"{month.cpu_s / 3600:.1f}"
     energy = "-" if month.energy_j is None else f"{month.energy_j / 3.6e6:.3f}"
     flash, air = format_bytes(month.flash_bytes), format_bytes(month.air_bytes)
-    return [name, f"{month.inferences:,.0f}", processor, flash, air, energy]
+    return [name, f"{counted.seconds / 3600:.2f} h", f"{month.inferences:,.0f}", processor, flash, air, energy]

@@ -53,7 +53,7 @@ def drift(
 ) -> None:
     """Report drift per task and field over all devices: fleet-wide drift, first onset and outlier devices."""
     from agent.fleet.database.drift_windows import count_drift_messages, list_drift_tasks
-    from agent.fleet.drift.survey import summarize_drift
+    from agent.fleet.drift.survey import summarize_device, summarize_drift
 
     require_plot_format(plot)
     now_us = time.time_ns() // 1000
@@ -63,10 +63,12 @@ def drift(
         survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance, processes=processes)
     if task is not None and not survey.groups and (tasks := list_drift_tasks(store)) and task not in tasks:
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
+    alone = None
     if device is not None:
         survey.groups = [group for group in survey.groups if device in group.devices]
+        alone = summarize_device(store, device, task=task, since=begin, now_us=now_us)
     known = load_references(bundles)
-    document = report.build_document(survey, device, {digest: reference for digest, (_, reference) in known.items()})
+    document = report.build_document(survey, alone, {digest: reference for digest, (_, reference) in known.items()})
     if plot is not None:
         from agent.cli.device.drift_plot import save
         from agent.cli.fleet.drift_plot import build_plot

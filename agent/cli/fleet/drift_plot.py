@@ -83,7 +83,7 @@ def _plot_fleet(store: FleetStore, group: DriftGroup, since: str | None, scale: 
         }
         for device, timeline in timelines.items()
     }
-    fields = build_feature_documents(group, None)
+    fields = build_feature_documents(group)
 
     def describe_field(name: str) -> tuple[str, list[str]]:
         devices = {

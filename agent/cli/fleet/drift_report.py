@@ -22,33 +22,36 @@ _MAX_OUTLIERS = 10
 
 
 def build_document(
-    survey: FleetDriftSummary, device: str | None, references: Mapping[str, Reference]
+    survey: FleetDriftSummary, device: FleetDriftSummary | None, references: Mapping[str, Reference]
 ) -> dict[str, Any]:
-    """Return the document for the fleet, or for one device with its fleet for comparison.
+    """Return the document for the fleet, or for one `device` with outliers and fleet-wide drift of its fleet.
 
     `references`: the shipped references known on this machine, by digest.
     """
+    own = survey if device is None else device
+    groups = {group.key: group for group in survey.groups}
+    pairs = [(groups[group.key], group) for group in own.groups if group.key in groups]
     return {
-        "duplicate_windows": survey.duplicates,
-        "unreadable_windows": survey.unreadable,
-        "tasks": [_group_document(group, device, references.get(group.shipped_reference)) for group in survey.groups],
+        "duplicate_windows": own.duplicates,
+        "unreadable_windows": own.unreadable,
+        "tasks": [_group_document(*pair, references.get(pair[0].shipped_reference)) for pair in pairs],
     }
 
 
-def _group_document(group: DriftGroup, device: str | None, reference: Reference | None) -> dict[str, Any]:
+def _group_document(fleet: DriftGroup, own: DriftGroup, reference: Reference | None) -> dict[str, Any]:
+    """Describe the windows in `own`, all of a group's or those of one of its devices."""
     reference_sd = dict(zip(reference.fields, reference.sd.tolist(), strict=True)) if reference else {}
-    outliers = [outlier for outlier in group.find_outliers(reference_sd) if device in (None, outlier.device)]
-    episodes = [episode for episode in group.ordered_episodes() if device in (None, episode.device)]
+    outliers = [outlier for outlier in fleet.find_outliers(reference_sd) if outlier.device in own.devices]
+    fleet_wide = [drift for drift in fleet.detect_fleet_wide() if not own.devices.keys().isdisjoint(drift.devices)]
+    episodes, expected = own.ordered_episodes(), own.estimate_performance()
     first = next((episode for episode in episodes if episode.ended is None), None)
-    own = group if device is None else group.devices[device]
-    expected = group.estimate_performance() if device is None else group.devices[device].expected
     return {
-        "task": group.task,
-        "reference": group.shipped_reference,
-        "differs_in": group.differs_in,
+        "task": fleet.task,
+        "reference": fleet.shipped_reference,
+        "differs_in": fleet.differs_in,
         "windows": own.windows,
         "sensor_fault_windows": own.faulty,
-        "unsynced_windows": group.undated,
+        "unsynced_windows": own.undated,
         "devices": [
             {
                 "device": name,
@@ -59,16 +62,15 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
                 "last": clock.to_rfc3339(drift.last_window.t[1]) if drift.last_window else None,
                 **_expected_members(drift.expected),
             }
-            for name, drift in group.devices.items()
-            if device in (None, name)
+            for name, drift in own.devices.items()
         ],
-        "features": build_feature_documents(group, device),
-        "outputs": _output_documents(group, device),
-        "outputs_omitted": group.list_outputs()[1],
-        "recent": _recent_documents(group, device, reference),
+        "features": build_feature_documents(own),
+        "outputs": _output_documents(own),
+        "outputs_omitted": own.list_outputs()[1],
+        "recent": _recent_documents(own, reference),
         **_expected_members(expected),
         "expected_outputs": {name: _expected_members(each) for name, each in sorted(expected.further.items())},
-        "fleet_wide": [_fleet_wide_document(drift) for drift in group.detect_fleet_wide()],
+        "fleet_wide": [_fleet_wide_document(drift) for drift in fleet_wide],
         "first_onset": first.to_document() if first else None,
         "onsets": [episode.to_document() for episode in episodes],
         "outliers": [
@@ -84,7 +86,7 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
                 "drift": sorted(span.drifting_devices), "fault": sorted(span.faulty_devices),
                 **_expected_members(span.expected),
             }
-            for begin, end, span in group.history
+            for begin, end, span in own.history
         ],
     }  # fmt: skip
 
@@ -99,15 +101,12 @@ def _expected_members(expected: PerformanceEstimates) -> dict[str, float | None]
     return {"accuracy": _round(expected.accuracy), "mae": _round(expected.error)}
 
 
-def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, Any]:
+def build_feature_documents(group: DriftGroup) -> dict[str, Any]:
     """Return the merged summary of each field, and the devices where it drifts or has a fault."""
-    parts = group.merge_fields() if device is None else group.devices[device].fields
     documents = {}
-    for name, part in parts.items():
+    for name, part in group.merge_fields().items():
         states = {
-            each: drift.last_window.fields[name].state
-            for each, drift in group.devices.items()
-            if drift.last_window and device in (None, each)
+            each: drift.last_window.fields[name].state for each, drift in group.devices.items() if drift.last_window
         }
         documents[name] = {
             "n": part.moments.n,
@@ -124,12 +123,12 @@ def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, 
     return documents
 
 
-def _output_documents(group: DriftGroup, device: str | None) -> dict[str, dict[str, list[str]]]:
+def _output_documents(group: DriftGroup) -> dict[str, dict[str, list[str]]]:
     """Return the devices whose newest window has each state of a further output: name → state → devices."""
     documents: dict[str, dict[str, list[str]]] = {}
-    outputs = group.list_outputs()[0] if device is None else list(group.devices[device].outputs)
+    outputs = group.list_outputs()[0]
     for name, drift in group.devices.items():
-        if drift.last_window is None or device not in (None, name):
+        if drift.last_window is None:
             continue
         for subject, report in drift.last_window.subjects.items():
             output = subject.removeprefix(OUTPUT_PREFIX)
@@ -139,10 +138,9 @@ def _output_documents(group: DriftGroup, device: str | None) -> dict[str, dict[s
     return documents
 
 
-def _recent_documents(group: DriftGroup, device: str | None, reference: Reference | None) -> dict[str, Any]:
+def _recent_documents(group: DriftGroup, reference: Reference | None) -> dict[str, Any]:
     """Compare the last few windows with the shipped reference, or if it is not known with all earlier windows."""
-    recent = group.merge_recent() if device is None else group.devices[device].merge_recent()
-    merged = group.merge_fields() if device is None else group.devices[device].fields
+    recent, merged = group.merge_recent(), group.merge_fields()
     documents = {}
     for name, part in recent.items():
         sizes = parsed_message.effect_sizes_to_reference(reference, name, part.counts) if reference else None

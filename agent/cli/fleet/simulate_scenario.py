@@ -140,8 +140,8 @@ def _print_scenario(document: dict[str, Any]) -> None:
     if document["rejected_labels"]:
         rejected = pluralize(document["rejected_labels"], "label")
         echo(f"warning: devices rejected {rejected}: each must be a class of its model, or a number for a regressor")
-    if document["undelivered"]:
-        echo(f"messages of {', '.join(document['undelivered'][:_MAX_SENTENCES])} were not delivered")
+    for problem in document["problems"]:
+        echo(f"not passed: {problem}")
     echo(
         f"{pluralize(document['devices'], 'device')}, {format_span(document['simulated_seconds'])} simulated, "
         f"{document['messages']} messages, {document['messages_per_second']:.0f} a second, "

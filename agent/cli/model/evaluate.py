@@ -181,15 +181,20 @@ def _with_min_count(request: EvaluationRequest, bundle: Bundle) -> EvaluationReq
 def _evaluate(
     loaded: LoadedModel, request: EvaluationRequest, cluster_context: AbstractContextManager[RayCluster | None]
 ) -> Evaluation:
+    from agent.datasets.blocks import MissingColumns
     from agent.evaluation import evaluate as evaluation
 
-    with cluster_context as cluster:
-        if cluster is None:
-            return evaluation.evaluate(*loaded, request, _show_step)
-        from agent.evaluation.predict import ray_jobs
+    try:
+        with cluster_context as cluster:
+            if cluster is None:
+                return evaluation.evaluate(*loaded, request, _show_step)
+            from agent.evaluation.predict import ray_jobs
 
-        predict = ray_jobs.make_predictor(cluster, loaded[0])
-        return evaluation.evaluate(*loaded, request, _show_step, predict)
+            predict = ray_jobs.make_predictor(cluster, loaded[0])
+            return evaluation.evaluate(*loaded, request, _show_step, predict)
+    except MissingColumns as problem:
+        hint = ", or name the column of labels with --label COL" if request.label in problem.names else ""
+        raise UsageError(f"{problem}{hint}") from None
 
 
 def _compare(

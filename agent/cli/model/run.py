@@ -151,7 +151,9 @@ def _select_output(path: Path, bundle: Bundle, name: str) -> Bundle:
 
     further = bundle.manifest.further
     if name not in further:
-        raise UsageError(f"{path}: --output {name}: no such further output{did_you_mean(name, further)}")
+        raise UsageError(
+            f"{path}: --output {name}: no such further output{did_you_mean(name, further, 'it has one output')}"
+        )
     return msgspec.structs.replace(bundle, manifest=scores.further_manifest(bundle.manifest, name))
 
 
@@ -165,7 +167,7 @@ def _print(document: dict[str, Any]) -> None:
     if not document["results"]:
         echo("no result: the data hold no row, or no whole window without a gap")
     if document["rejected"]:
-        echo(f"{document['rejected']:,} rows rejected:", err=True)
+        echo(f"{document['rejected']:,} {'row' if document['rejected'] == 1 else 'rows'} rejected:", err=True)
         for row in document["rejected_rows"][:_MAX_SHOWN]:
             echo(f"  {row['file']} line {row['line']}: {row['reason']}", err=True)
         if document["rejected"] > _MAX_SHOWN:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from agent import decoders
 from agent.clock import ClockReading
 from agent.config import Config, parse_duration
+from agent.config.tasks import NO_TASK
 from agent.device.bundles import history, overrides, quarantine
 from agent.device.commands.executor import Action
 from agent.device.intake import labels
@@ -227,7 +228,7 @@ class TaskActions:
 
     def _require_known(self, name: str) -> str:
         if name not in self._conf.tasks:
-            raise RowRejected(f"there is no task {name!r}{did_you_mean(name, self._conf.tasks)}")
+            raise RowRejected(f"there is no task {name!r}{did_you_mean(name, self._conf.tasks, NO_TASK)}")
         return name
 
     def _require_scheduled(self, name: str) -> ScheduledTask:

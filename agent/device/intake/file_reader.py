@@ -77,7 +77,7 @@ def read_blocks(
     else:
         sources = _find_columns(table.columns, stream, layout)
     if isinstance(table, ParquetTable) and "t" in sources and table.has_naive_times(sources["t"]):
-        raise RowRejected("column 't' holds timestamps without a time zone; write them with one, as UTC, or as seconds")
+        raise RowRejected("timestamps in column 't' have no time zone; write them as UTC, or as seconds since 1970")
     wanted = {column: types[field] for field, column in sources.items()}
     for block in table.read(wanted, FilePosition(line=skip, row=skip)):
         columns: dict[str, Any] = {field: block.columns[column] for field, column in sources.items()}

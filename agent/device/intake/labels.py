@@ -129,7 +129,8 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
         return f"there is no task {task[:40]!r} that runs"
     if (schema := target.schemas.get(label.output)) is None:
         known = [name for name in target.schemas if name]
-        return f"the model has no further output {label.output[:40]!r}{did_you_mean(label.output, known)}"
+        hint = did_you_mean(label.output, known, "it has one output")
+        return f"the model has no further output {label.output[:40]!r}{hint}"
     try:
         schema.parse(label.text)
     except ValueError as problem:

@@ -14,6 +14,7 @@ import msgspec
 
 from agent import decoders
 from agent.config import StreamConfig
+from agent.config.streams import NO_STREAM
 from agent.device.intake import frames, labels
 from agent.device.intake.frames import FrameLayout, Frames, NumberType, decode_column
 from agent.device.intake.labels import LabelBatch
@@ -125,7 +126,7 @@ class LineParser:
     def _find_decoder(self, stream: str) -> _StreamDecoder:
         decoder = self._decoders.get(stream)
         if decoder is None:
-            raise RowRejected(f"unknown stream {stream[:40]!r}{did_you_mean(stream, self._decoders)}")
+            raise RowRejected(f"unknown stream {stream[:40]!r}{did_you_mean(stream, self._decoders, NO_STREAM)}")
         if decoder.stream.media_format is not None:
             raise RowRejected(f"stream {stream!r} takes whole files only; put them into its folder")
         return decoder
@@ -335,6 +336,8 @@ def _explain_field_error(error: Exception, decoder: _StreamDecoder) -> str:
     names = [f.name for f in decoder.stream.fields]
     if "unknown field" in problem:
         name = problem.split("`")[1]
+        if name in names:
+            return f"{name!r} is beside columns; a line holds one row, or columns of rows"
         return f"{name!r} is not a field of stream {decoder.name}{did_you_mean(name, names)}"
     if "missing required field" in problem:
         return f"field {problem.split('`')[1]!r} is missing"

@@ -58,7 +58,8 @@ def catch_up(db: sqlite3.Connection, saved: WatermarkState | None) -> bool:
 
     Runs inside the first transaction of an opening. Losses become a finding, which the log reports.
     """
-    meta.put(db, findings.LAST_STOP, "clean" if meta.get(db, findings.CLEAN_STOP, "") else "unclean")
+    was_clean, is_new = meta.get(db, findings.CLEAN_STOP, ""), meta.get(db, findings.LAST_STOP, "new") == "new"
+    meta.put(db, findings.LAST_STOP, "clean" if was_clean else "" if is_new else "unclean")
     meta.delete(db, findings.CLEAN_STOP)
     current = watermark.from_database(db)
     changed = False

@@ -255,10 +255,8 @@ def _find_damaged_row(db: sqlite3.Connection) -> str | None:
     if problem := schema.find_damage(db, steps) or meta.find_damage(db):
         return problem
     is_clean = bool(meta.get(db, findings.CLEAN_STOP, ""))
-    if len(steps) == len(schema.STEPS):
-        row_crc.install(db, writes=False)
-        if problem := row_crc.find_damage(db, large=not is_clean):
-            return problem
+    if len(steps) == len(schema.STEPS) and (problem := row_crc.find_damage(db, large=not is_clean)):
+        return problem
     return None if is_clean else _check_after_crash(db)
 
 

@@ -183,8 +183,8 @@ def _find_further_output(rule: AlertRuleConfig, manifest: Manifest) -> tuple[str
     values: dict[str, tuple[str, str | None]] = {name: (name, None) for name in manifest.further}
     values |= {f"{name}.{value}": (name, value) for name, spec in manifest.further.items() for value in spec.names}
     if rule.output not in values and rule.value is None:
-        problem = f"bundle {manifest.name} has no further output {rule.output!r}{did_you_mean(rule.output, values)}"
-        raise _Unusable("output", problem)
+        hint = did_you_mean(rule.output, values, "it has one output")
+        raise _Unusable("output", f"bundle {manifest.name} has no further output {rule.output!r}{hint}")
     return values.get(rule.output)
 
 

@@ -342,9 +342,11 @@ def _intact_records(content: bytes) -> Iterator[tuple[str, int, bytes]]:
         at = 0
         while at + _HEADER_SIZE <= len(block):
             opening, number, length = _RECORD.unpack_from(block, at)
+            if not length:
+                break
             body = block[at + _HEADER_SIZE : at + _HEADER_SIZE + length]
             # A damaged record hides those behind it only if its length is damaged.
-            if length and block.startswith(_frame(opening.hex(), number, body), at):
+            if block.startswith(_frame(opening.hex(), number, body), at):
                 yield opening.hex(), number, body
             at += _HEADER_SIZE + length
 

@@ -153,7 +153,7 @@ def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -
 
 def revoked_alert_row(device: str, kid: str, now: str) -> Row:
     summary = f"Key {kid} of {device} was revoked: messages that it signs are refused, stored messages stay valid."
-    return collector_alert_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
+    return collector_alert_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 1, now)
 
 
 def two_logs_alert_row(device: str, log: str, summary: str, now: str, second: int, *, raised: bool) -> Row:
@@ -163,6 +163,6 @@ def two_logs_alert_row(device: str, log: str, summary: str, now: str, second: in
 
 
 def collector_alert_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> Row:
-    """Return an alert of the collector; `log` stands for a log and `seq` orders the alerts in it."""
+    """Return an alert of the collector; `log` stands for a log and `seq`, above 0, orders the alerts in it."""
     head = (device, task, alert.alert, alert.subject, alert.state, alert.severity, alert.summary, now)
     return (*head, alert.id, "collector", log, seq, alert.revision)

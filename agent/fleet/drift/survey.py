@@ -124,6 +124,10 @@ class DriftGroup(msgspec.Struct):
     undated: int = 0
 
     @property
+    def key(self) -> GroupKey:
+        return self.task, self.shipped_reference, self.layout
+
+    @property
     def windows(self) -> int:
         return sum(device.windows for device in self.devices.values())
 
@@ -200,18 +204,19 @@ def summarize_drift(
         processes = 1
     jobs = [(devices, (task, since, now_us)) for devices in split_devices(store, processes, processes)]
     first, *others = run_over_devices(store, _summarize_devices, jobs, processes, progress)
-    groups = {(group.task, group.shipped_reference, group.layout): group for group in first.groups}
+    groups = {group.key: group for group in first.groups}
     for other in others:
         first.duplicates += other.duplicates
         first.unreadable += other.unreadable
         for group in other.groups:
-            key = (group.task, group.shipped_reference, group.layout)
-            groups.setdefault(key, DriftGroup(*key)).add_devices(group)
+            groups.setdefault(group.key, DriftGroup(*group.key)).add_devices(group)
     first.groups = _sort_groups(list(groups.values()))
     return first
 
 
-def summarize_device(store: FleetStore, device: str, *, task: str, since: str | None, now_us: int) -> FleetDriftSummary:
+def summarize_device(
+    store: FleetStore, device: str, *, task: str | None, since: str | None, now_us: int
+) -> FleetDriftSummary:
     """Summarise the windows of one device, its largest group of a task first."""
     # A space sorts before every character of a name.
     alone = DeviceRange(device, device + " ")

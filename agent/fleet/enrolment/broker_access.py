@@ -136,17 +136,16 @@ def build_commands(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
     roles = [{"rolename": name} for name in _role_names(change)]
     if change.access == "removed":
         return [{"command": "deleteClient", "username": client}, {"command": "deleteRole", "rolename": own}]
-    if change.access in _OWN_ROLES:
-        role = _OWN_ROLES[change.access](fleet, change)
-        commands = [{"command": "createRole", **role}, {"command": "modifyRole", **role}]
-    else:
-        commands = [{"command": "deleteRole", "rolename": own}]
-    return [
-        *commands,
+    commands: list[dict[str, Any]] = [
         {"command": "createClient", "username": client, "roles": roles},
         {"command": "modifyClient", "username": client, "roles": roles},
         {"command": "disableClient" if change.access == "none" else "enableClient", "username": client},
     ]
+    if change.access in _OWN_ROLES:
+        role = _OWN_ROLES[change.access](fleet, change)
+        return [{"command": "createRole", **role}, {"command": "modifyRole", **role}, *commands]
+    # Last: Mosquitto 2.0 leaves a deleted role in its client's list, and crashes when it reads that list.
+    return [*commands, {"command": "deleteRole", "rolename": own}]
 
 
 def _device_role(fleet: str, change: AccessChange) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
     if log is None:
         rows = db.execute("SELECT DISTINCT task FROM results WHERE device = ?", (device,)).fetchall()
         known = [str(name) for (name,) in rows]
-        raise ValueError(f"the collector has no results of task {task!r} of {device}{did_you_mean(task, known)}")
+        hint = did_you_mean(task, known, "none of other tasks either")
+        raise ValueError(f"the collector has no results of task {task!r} of {device}{hint}")
     key = (device, task, log)
     results = _ResultIndex(label_tables.load_results(db, key))
     schemas = _BundleSchemas(db, key, labels)

@@ -43,7 +43,8 @@ def revoke(
         keyring = RepositoryKeyring(layout.keys, sign_with)
         current = root_rotation.load_current(layout, keyring, now)
         if bundle not in current.bundles:
-            raise UsageError(f"no bundle {bundle!r} in the repository{did_you_mean(bundle, list(current.bundles))}")
+            hint = did_you_mean(bundle, current.bundles, "none was published yet")
+            raise UsageError(f"no bundle {bundle!r} in the repository{hint}")
         role = current.bundles[bundle].signed
         versions = {target_metadata.decode(file.custom).version: path for path, file in role.targets.items()}
         revoked_versions = list(versions) if version is None else [version]

@@ -52,7 +52,7 @@ def find(db: Connection, name: str) -> Rollout:
     row = rollouts.find_rollout(db, name)
     if row is None:
         known = [str(row[0]) for row in rollouts.load_rollouts(db)]
-        raise UsageError(f"there is no roll-out {name!r}{did_you_mean(name, known)}")
+        raise UsageError(f"there is no roll-out {name!r}{did_you_mean(name, known, 'none was started yet')}")
     return _rollout_from_row(row)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from agent.bootstrap.model_host import ModelHost
 from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.intake import labels as label_lines
+from agent.device.intake.group_commit import CommitOutcome
 from agent.device.machine.throttle import Throttle
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
@@ -54,6 +56,31 @@ class TurnSink(MqttSink):
         return super().receive(0.0)
 
 
+class Tally(msgspec.Struct):
+    """Rows of a stream or labels of a task: how many were accepted and rejected, and the first reason."""
+
+    accepted: int = 0
+    rejected: int = 0
+    reason: str = ""
+
+    def add(self, outcome: CommitOutcome, n: int) -> None:
+        """Add the outcome of a commit of `n` rows or labels."""
+        self.accepted += outcome.accepted
+        self.rejected += n - outcome.accepted
+        self.reason = self.reason or next((reason for _, reason in outcome.rejected), "")
+
+
+def sum_tallies(tallies: Iterable[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """Add up the tallies of all devices by name."""
+    total: dict[str, Tally] = {}
+    for name, tally in chain.from_iterable(each.items() for each in tallies):
+        known = total.get(name, Tally())
+        total[name] = Tally(
+            known.accepted + tally.accepted, known.rejected + tally.rejected, known.reason or tally.reason
+        )
+    return total
+
+
 class SimulatedDevice:
     """A device in `home`, which enrolment filled: `start` it, `cut_power`. All turns read its own machine's clock."""
 
@@ -70,7 +97,8 @@ class SimulatedDevice:
         find_labels: FindLabels,
     ) -> None:
         self.name, self.machine = name, Machine(name)
-        self.rows = self.rejected = self.labels = self.rejected_labels = 0
+        self.rows: dict[str, Tally] = {}
+        self.labels: dict[str, Tally] = {}
         self.silenced: set[str] = set()
         self.is_disk_full = False
         self.home, self._room, self._air, self._feeds = home, room, air, dict(feeds)
@@ -213,8 +241,7 @@ class SimulatedDevice:
         outcome = group.commit(now)[self]
         if outcome.is_store_full:
             return False
-        self.rows += outcome.accepted
-        self.rejected += len(outcome.rejected)
+        self.rows.setdefault(stream, Tally()).add(outcome, raw.n)
         if len(self._labels) < _MAX_WAITING_LABELS:
             for task, index, delay_s, value in self._find_labels(stream, block):
                 self._labels.append(DueLabel(float(block.due_s[index]) + delay_s, task, t[index] / 1e6, value))
@@ -237,5 +264,4 @@ class SimulatedDevice:
             group.add_labels(self, batch, 1, now)
             group.advance(self, 1)
             outcome = group.commit(now)[self]
-            self.labels += outcome.accepted
-            self.rejected_labels += len(labels) - outcome.accepted
+            self.labels.setdefault(task, Tally()).add(outcome, len(labels))

@@ -10,17 +10,23 @@ from agent.render import html
 from agent.render.templates import create_environment
 from agent.text import format_span
 
-_ROW, _LEFT, _RIGHT, _WIDTH = 30, 230, 36, 940
 _MAX_ROWS, _MAX_NAMES, _MAX_TICKS = 200, 3, 8
 # Seconds between ticks of the time axis.
 _TICK_STEPS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200, 86_400, 7 * 86_400, 30 * 86_400)
 # Settings of events that are seconds.
 _DURATIONS = frozenset({"ahead", "behind", "over", "delay"})
-# On a phone each row of a table is a block.
+# On a phone each row of a table is a block, and the name of an event stands above its bar.
 _CSS = (
-    "td:first-child,.device{white-space:nowrap}.timeline{min-width:720px;max-width:none}"
-    ".timeline text{font-size:12.5px;fill:var(--ink)}"
-    "@media(max-width:640px){th{display:none}tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}"
+    "td:first-child,.device{white-space:nowrap}.timeline{margin-right:24px}.event{display:grid;gap:0 14px;"
+    "grid-template-columns:minmax(0,230px) minmax(0,1fr);align-items:center;font-size:13px;overflow-wrap:anywhere}"
+    ".track{position:relative;height:28px;print-color-adjust:exact}.track>*{position:absolute}"
+    ".track i{top:0;bottom:0;width:1px;background:var(--grid)}.bar{top:8px;height:12px;border-radius:3px;min-width:3px;"
+    "background:var(--reference-edge)}.bar.missed{background:var(--drift)}.dot{top:7px;width:14px;height:14px;"
+    "margin-left:-7px;border:3px solid var(--ok);border-radius:50%;background:var(--paper)}"
+    ".dot.device{background:var(--ok)}.tick{top:4px;transform:translateX(-50%);white-space:nowrap;color:var(--muted);font-size:12.5px}"
+    "@media(max-width:640px){.timeline{margin-left:12px}.event{grid-template-columns:minmax(0,1fr)}.event>:first-child{"
+    "padding-top:4px}.track{height:24px}.bar{top:4px}.dot{top:3px}.tick:nth-of-type(even){display:none}"
+    "th{display:none}tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}"
     "td{display:block;border:0;padding:1px 0;overflow-wrap:anywhere}td:first-child{color:var(--muted)}}"
 )
 
@@ -47,27 +53,9 @@ def render(report: Mapping[str, Any]) -> str:
         "peak memory": f"{report['peak_bytes'] / 2**20:,.0f} MiB",
     }
     chart = _build_timeline(events, max(float(report["simulated_seconds"]), 1.0))
-    values = {"tiles": tiles, "problems": _list_problems(report), "events": events, "chart": chart}
+    values = {"tiles": tiles, "events": events, "chart": chart}
     body = environment.get_template("report.html").render(report=report, max_rows=_MAX_ROWS, **values)
     return html.render_document("Simulated fleet", [html.Markup(body)], _CSS)
-
-
-def _list_problems(report: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if report["missed"]:
-        problems.append(f"Expected alerts that did not come: {report['missed']}.")
-    if report["false_alarms"]["n"] > report["false_alarms"]["budget"]:
-        problems.append("There were more false alarms than the budget.")
-    if not report["audit"]["passed"]:
-        problems.append("The audit failed.")
-    problems += [
-        f"Roll-out {rollout['name']} is {rollout['outcome']}; expected is {rollout['ends']}."
-        for rollout in report["rollouts"]
-        if not rollout["passed"]
-    ]
-    if report["undelivered"]:
-        problems.append(f"Messages of {len(report['undelivered'])} devices were not delivered.")
-    return problems
 
 
 def _format_settings(event: Mapping[str, Any]) -> str:
@@ -110,20 +98,20 @@ def _group_devices(devices: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _build_timeline(events: list[tuple[int, Mapping[str, Any]]], whole_s: float) -> dict[str, Any]:
-    """Return a row for each event, with its time and the moments at which it was found, in units of the drawing."""
+    """Return a row for each event, with its time and the moments at which it was found, in percent of the run."""
 
-    def x(seconds: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * min(1.0, max(0.0, seconds / whole_s)), 1)
+    def percent(seconds: float) -> float:
+        return round(100 * min(1.0, max(0.0, seconds / whole_s)), 2)
 
     rows = []
-    for place, (number, event) in enumerate(events):
-        begin, end = x(event["at"]), x(event["at"] + event["lasts"] if event["lasts"] is not None else whole_s)
+    for number, event in events:
+        begin = percent(event["at"])
+        end = percent(event["at"] + event["lasts"]) if event["lasts"] is not None else 100.0
         devices = event["devices"]
         where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
-        row = {"name": f"{number} {event['kind']} {where}", "missed": event["missed"], "y": _ROW * place + _ROW / 2}
-        answers = [(x(each["at"]), each["by"], each["summary"]) for each in event["found"]]
-        rows.append(row | {"x": begin, "width": max(3.0, round(end - begin, 1)), "found": answers})
+        row = {"name": f"{number} {event['kind']} {where}", "missed": event["missed"]}
+        answers = [(percent(each["at"]), each["by"], each["summary"]) for each in event["found"]]
+        rows.append(row | {"x": begin, "width": round(end - begin, 2), "found": answers})
     step_s = next((step for step in _TICK_STEPS if whole_s / step <= _MAX_TICKS), _TICK_STEPS[-1])
-    ticks = [(x(at), _short_span(at)) for at in range(0, int(whole_s) + 1, step_s)]
-    height = _ROW * (len(events) + 1)
-    return {"width": _WIDTH, "height": height, "bottom": height - _ROW, "ticks": ticks, "rows": rows}
+    ticks = [(percent(at), _short_span(at)) for at in range(0, int(whole_s) + 1, step_s)]
+    return {"ticks": ticks, "rows": rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,8 +12,9 @@ from agent.testing.simulation import attribution, rollouts
 from agent.testing.simulation.attribution import Attribution
 from agent.testing.simulation.runner import Outcome
 from agent.testing.simulation.scenario import Scenario
+from agent.text import pluralize
 
-_MAX_ALERTS = 10_000
+_MAX_ALERTS, _MAX_NAMES = 10_000, 8
 # Members of an event that are not in its `settings`.
 _OWN_MEMBERS = ("at", "lasts", "devices", "group", "expect", "plan")
 
@@ -27,13 +29,11 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
     for rollout in rolled:
         event = events[rollout["event"] - 1]
         event |= {"outcome": rollout["outcome"], "lasts": rollout["ended"] and rollout["ended"] - event["at"]}
-    budget = scenario.budget.false_alarms
-    missed = sum(len(event["missed"]) for event in events)
+    missed, budget = sum(len(event["missed"]) for event in events), scenario.budget.false_alarms
+    problems = _list_problems(outcome, missed, len(false_alarms) > budget, rolled)
     return {
-        "passed": outcome.audit.passed
-        and not (missed or outcome.undelivered)
-        and len(false_alarms) <= budget
-        and all(rollout["passed"] for rollout in rolled),
+        "passed": not problems,
+        "problems": problems,
         "seed": scenario.seed,
         "devices": len(outcome.devices),
         "simulated_seconds": round(outcome.simulated_s, 1),
@@ -41,10 +41,10 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
         "messages": outcome.messages,
         "messages_per_second": round(outcome.messages / max(outcome.real_s, 1e-9), 1),
         "messages_digest": outcome.digest,
-        "rows": outcome.rows,
-        "rejected_rows": outcome.rejected,
-        "labels": outcome.labels,
-        "rejected_labels": outcome.rejected_labels,
+        "rows": sum(tally.accepted for tally in outcome.rows.values()),
+        "rejected_rows": sum(tally.rejected for tally in outcome.rows.values()),
+        "labels": sum(tally.accepted for tally in outcome.labels.values()),
+        "rejected_labels": sum(tally.rejected for tally in outcome.labels.values()),
         "peak_bytes": outcome.peak_bytes,
         "undelivered": outcome.undelivered,
         "events": events,
@@ -53,6 +53,34 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
         "false_alarms": {"n": len(false_alarms), "budget": budget, "alerts": false_alarms[:_MAX_ALERTS]},
         "audit": outcome.audit.to_dict(),
     }
+
+
+def _list_problems(
+    outcome: Outcome, missed: int, is_over_budget: bool, rolled: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return why the run did not pass, a sentence each."""
+    problems = [f"Expected alerts that did not come: {missed}."] if missed else []
+    if is_over_budget:
+        problems.append("There were more false alarms than the budget.")
+    if not outcome.audit.passed:
+        problems.append("The audit failed.")
+    problems += [
+        f"Roll-out {rollout['name']} is {rollout['outcome']}; expected is {rollout['ends']}."
+        for rollout in rolled
+        if not rollout["passed"]
+    ]
+    if outcome.undelivered:
+        names = ", ".join(outcome.undelivered[:_MAX_NAMES]) + (" …" if len(outcome.undelivered) > _MAX_NAMES else "")
+        problems.append(f"Messages of {pluralize(len(outcome.undelivered), 'device')} were not delivered: {names}.")
+    # A run without rows or labels tests nothing of what it was made for.
+    sent = [("row", "stream", outcome.rows), ("label", "task", outcome.labels)]
+    problems += [
+        f"Devices rejected all {pluralize(tally.rejected, noun)} of {kind} {name}: {tally.reason}."
+        for noun, kind, tallies in sent
+        for name, tally in sorted(tallies.items())
+        if tally.rejected and not tally.accepted
+    ]
+    return problems
 
 
 def _describe(number: int, outcome: Outcome, attributed: Attribution) -> dict[str, Any]:

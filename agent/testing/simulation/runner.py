@@ -29,7 +29,7 @@ from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.testing.simulation.broker_air import BrokerAir, FaultyLink
-from agent.testing.simulation.device import SimulatedDevice
+from agent.testing.simulation.device import SimulatedDevice, Tally, sum_tallies
 from agent.testing.simulation.feed import Feed
 from agent.testing.simulation.label_source import LabelSource
 from agent.testing.simulation.lossy_link import LossyBroker, LossyLink
@@ -80,9 +80,10 @@ class Injected(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
 
-    `fields` by stream; `task_streams`: streams that each task reads; `class_tasks`: those whose model names classes;
-    `commit_s`: seconds between commits of rows; `health_s`: seconds between health messages of a device; `rollouts`:
-    names of the roll-outs, and `refusals`: why one did not start, each by the plan file.
+    `rows`, `fields`: by stream; `labels`: by task; `task_streams`: streams that each task reads; `class_tasks`:
+    those whose model names classes; `commit_s`: seconds between commits of rows; `health_s`: seconds between health
+    messages of a device; `rollouts`: names of the roll-outs, and `refusals`: why one did not start, each by the plan
+    file.
     """
 
     injected: list[Injected]
@@ -94,10 +95,8 @@ class Outcome(msgspec.Struct, frozen=True):
     health_s: float
     messages: int
     digest: str
-    rows: int
-    rejected: int
-    labels: int
-    rejected_labels: int
+    rows: dict[str, Tally]
+    labels: dict[str, Tally]
     undelivered: list[str]
     audit: AuditReport
     rollouts: dict[str, str]
@@ -221,10 +220,8 @@ class Simulation:
             health_s=health.interval_s(self._setup.config),
             messages=self.messages,
             digest=f"sha256:{self._digest.hexdigest()}",
-            rows=sum(device.rows for device in self.devices.values()),
-            rejected=sum(device.rejected for device in self.devices.values()),
-            labels=sum(device.labels for device in self.devices.values()),
-            rejected_labels=sum(device.rejected_labels for device in self.devices.values()),
+            rows=sum_tallies(device.rows for device in self.devices.values()),
+            labels=sum_tallies(device.labels for device in self.devices.values()),
             undelivered=undelivered,
             audit=report,
             rollouts={file: prepared.plan.name for file, prepared in self._operator.prepared.items()},

@@ -13,6 +13,8 @@ from agent import clock, config
 from agent.alerts.kinds import KINDS
 from agent.config import Duration
 from agent.config.sources import ReplayFault
+from agent.config.streams import NO_STREAM
+from agent.config.tasks import NO_TASK
 from agent.device.store.clock_segments import STEP_US
 from agent.errors import ConfigError
 from agent.fleet.incidents.conditions import UNSEEN_LIMIT_S, silence_limit_s
@@ -42,7 +44,7 @@ class Event(Section, frozen=True):
 
     at: Duration
     lasts: Duration | None = None
-    devices: list[str] = msgspec.field(default_factory=list)
+    devices: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(default_factory=list)
     group: str = ""
     expect: list[str] | None = None
     default_expect: ClassVar[tuple[str, ...]] = ()
@@ -82,6 +84,7 @@ class SensorFault(Event, frozen=True, kw_only=True):
     stream: str = ""
     amount: float = 0.0
     over: Duration = Duration(0.0)
+    neutral_amount: ClassVar[float | None] = None
     default_expect: ClassVar[tuple[str, ...]] = _SENSOR_ALERTS
 
     @property
@@ -95,23 +98,34 @@ class SensorFault(Event, frozen=True, kw_only=True):
 
     def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
         if self.stream and self.stream not in fields:
-            raise ConfigError(file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields)}")
+            raise ConfigError(
+                file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields, NO_STREAM)}"
+            )
         known = [name for stream, names in fields.items() if self.stream in ("", stream) for name in names]
         for name in self.fields:
             if name not in known:
                 raise ConfigError(file, f"{key}.fields", f"no field {name!r}{did_you_mean(name, known)}")
         if self.kind == "swap" and len(set(self.fields)) != 2:
             raise ConfigError(file, f"{key}.fields", f"swap needs two fields, not {len(set(self.fields))}")
-        if self.kind in ("quantize", "saturate") and not self.amount > 0:
+        if self.kind in ("quantize", "saturate", "noise") and not self.amount > 0:
             raise ConfigError(file, f"{key}.amount", f"{self.kind} needs an amount above 0")
+        if self.amount == self.neutral_amount:
+            raise ConfigError(file, f"{key}.amount", f"{self.kind} by {self.amount:g} changes nothing; give an amount")
 
 
-class Gain(SensorFault, frozen=True, tag_field="kind", tag="gain"):
+class Gain(SensorFault, frozen=True, kw_only=True, tag_field="kind", tag="gain"):
     """Readings times `amount`."""
+
+    amount: float = 1.0
+    # Again, since reports list keys in the order of their definition.
+    over: Duration = Duration(0.0)
+    neutral_amount: ClassVar[float | None] = 1.0
 
 
 class Offset(SensorFault, frozen=True, tag_field="kind", tag="offset"):
     """Readings plus `amount`."""
+
+    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Stuck(SensorFault, frozen=True, tag_field="kind", tag="stuck"):
@@ -135,6 +149,8 @@ class Missing(SensorFault, frozen=True, tag_field="kind", tag="missing"):
 
 class Spikes(SensorFault, frozen=True, tag_field="kind", tag="spikes"):
     """One reading in a hundred is higher by `amount`."""
+
+    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Saturate(SensorFault, frozen=True, tag_field="kind", tag="saturate"):
@@ -160,7 +176,9 @@ class Silence(Event, frozen=True, tag_field="kind", tag="silence"):
 
     def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
         if self.stream and self.stream not in fields:
-            raise ConfigError(file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields)}")
+            raise ConfigError(
+                file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields, NO_STREAM)}"
+            )
 
 
 class Outage(Event, frozen=True, tag_field="kind", tag="outage"):
@@ -362,7 +380,7 @@ def _resolve_rollout(
         problem = "a simulation measures no inference time: it would be this machine's, not the device's; leave it out"
         raise plan.config_error(f"{limited[0]}.max_latency_ratio", problem)
     if draft.task not in tasks:
-        problem = f"no task {draft.task!r} in the config of the devices{did_you_mean(draft.task, tasks)}"
+        problem = f"no task {draft.task!r} in the config of the devices{did_you_mean(draft.task, tasks, NO_TASK)}"
         raise plan.config_error("rollout.task", problem)
     kind, _, name = draft.target.partition(":")
     known = {"all": [""], "group": [*scenario.groups, *groups], "device": [*scenario.device_names()]}[kind]
@@ -384,6 +402,8 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
     if start_us < clock.BUILD_FLOOR_US:
         floor = clock.to_rfc3339(clock.BUILD_FLOOR_US)
         raise ConfigError(file, "start", f"before {floor}, when this program was built: no device would believe it")
+    if scenario.duration <= 0:
+        raise ConfigError(file, "duration", 'must be above 0, such as "2 h"')
     for name in scenario.groups:
         if not is_name(name):
             raise ConfigError(file, f"groups.{name}", "must be 1-60 of a-z 0-9 . _ - , first a letter or digit")
@@ -400,7 +420,9 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
         raise ConfigError(file, "events", "two roll-outs have the same plan; each needs a name of its own")
     for task in scenario.labels:
         if task not in tasks:
-            raise ConfigError(file, f"labels.{task}", f"no task {task!r} in the config{did_you_mean(task, tasks)}")
+            raise ConfigError(
+                file, f"labels.{task}", f"no task {task!r} in the config{did_you_mean(task, tasks, NO_TASK)}"
+            )
 
 
 def _check_event(scenario: Scenario, file: str, key: str, event: AnyEvent, names: dict[str, str]) -> None:

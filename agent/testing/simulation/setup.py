@@ -12,6 +12,8 @@ import msgspec
 from agent import config, input_files
 from agent.bootstrap import sinks, tasks
 from agent.config import Config
+from agent.config.streams import NO_STREAM
+from agent.config.tasks import NO_TASK
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundle_files
@@ -151,7 +153,7 @@ def _replace_bundles(
             )
         name = task or next(iter(parsed.tasks))
         if name not in parsed.tasks:
-            hint = did_you_mean(task, parsed.tasks)
+            hint = did_you_mean(task, parsed.tasks, NO_TASK)
             raise UsageError(f"--bundle {task}={bundle}: no task {task!r} in the config{hint}")
         chosen[name] = builtin.resolve_path(Path(bundle))
     for name, task_config in parsed.tasks.items():
@@ -174,7 +176,7 @@ def _load_recordings(
 ) -> dict[str, RecordingFile]:
     for name in recordings:
         if name not in parsed.streams:
-            hint = did_you_mean(name, parsed.streams)
+            hint = did_you_mean(name, parsed.streams, NO_STREAM)
             raise UsageError(f"--recording {name}=…: no stream {name!r} in {file}{hint}")
     used = {task.stream for task in parsed.tasks.values()}
     used |= {joined.stream for task in parsed.tasks.values() for joined in task.inputs.values()}

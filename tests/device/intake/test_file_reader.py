@@ -314,7 +314,7 @@ def test_times_of_parquet_are_seconds_or_timestamps_with_their_zone(tmp_path: Pa
     result = read_parquet(parquet(tmp_path / "x.parquet", t=[T0], ax=[1.0], ay=[1.0]))
     assert list(result[0].raw.t) == [T0]
     naive = pyarrow.array([moment.replace(tzinfo=None)], pyarrow.timestamp("us"))
-    with pytest.raises(RowRejected, match="without a time zone"):
+    with pytest.raises(RowRejected, match="have no time zone; write them as UTC"):
         read_parquet(parquet(tmp_path / "x.parquet", t=naive, ax=[1.0], ay=[1.0]))
 
 

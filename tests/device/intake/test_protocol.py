@@ -120,6 +120,7 @@ def test_half_a_line_is_named(cut: int) -> None:
         (b'{"stream":"wacth","ax":1,"ay":2}', "unknown stream 'wacth'; did you mean 'watch'?"),
         (b'{"ax":1,"ay":2}', 'no "stream" in this line'),
         (b'{"stream":"watch","ax":1}', "field 'ay' is missing"),
+        (b'{"stream":"watch","ax":1,"columns":{"ax":[1],"ay":[2]}}', "'ax' is beside columns; a line holds one row"),
         (b'{"stream":"watch","ax":1,"ay":2,"az":3}', "'az' is not a field of stream watch; did you mean 'ay'?"),
         (b'{"stream":"watch","ax":null,"ay":2}', "ax: expected `float`, got `null`"),
         (b'{"stream":"watch","ax":"1","ay":2}', "ax: expected `float`, got `str`"),

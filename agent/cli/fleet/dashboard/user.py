@@ -15,6 +15,8 @@ from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.toml_files import did_you_mean
 
+_NO_ACCOUNT = "No account yet: outstation fleet user add NAME --role admin"
+
 _role_option = click.option(
     "--role",
     type=click.Choice(["viewer", "operator", "admin"]),
@@ -107,8 +109,7 @@ def list_users(db: str | None, home: Path, as_json: bool) -> None:
         [r["name"], r["role"], "password" if r["has_password"] else "proxy only", r["sessions"], r["changed"]]
         for r in rows
     ]
-    empty = "No account yet: outstation fleet user add NAME --role admin"
-    emit(rows, as_json, lambda: print_table(["name", "role", "signs in by", "sessions", "changed"], cells, empty))
+    emit(rows, as_json, lambda: print_table(["name", "role", "signs in by", "sessions", "changed"], cells, _NO_ACCOUNT))
 
 
 def _read_password() -> str:
@@ -118,4 +119,4 @@ def _read_password() -> str:
 
 
 def _unknown(name: str, names: list[str]) -> UsageError:
-    return UsageError(f"there is no account {name!r}{did_you_mean(name, names)}")
+    return UsageError(f"there is no account {name!r}{did_you_mean(name, names, _NO_ACCOUNT.replace('No', 'no', 1))}")

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,7 +85,24 @@ def check(context: SourceContext, source: FilesSource) -> str:
     """Describe the source. Raises ConfigError."""
     media_reader.check_config(context.file, context.name, context.stream, int(context.conf.buffer.max_size))
     content = media.to_toml(source.media_format) if source.media_format else "tables"
-    return f"{content}, of the files in {source.folder}"
+    suffixes = _suffixes(context.stream)
+    ignored = _list_ignored(Path(source.folder), suffixes)
+    if not ignored:
+        return f"{content}, of the files in {source.folder}"
+    others = f"{len(ignored)} stay there unread, such as {printable(ignored[0])}"
+    return f"{content}, of the files in {source.folder} that end in {', '.join(suffixes)}; {others}"
+
+
+def _suffixes(stream: StreamConfig) -> tuple[str, ...]:
+    return media_reader.suffixes(stream.media_format) if stream.media_format else TABLE_SUFFIXES
+
+
+def _list_ignored(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the sorted names of visible files that the watcher leaves where they are, among the first 10,000."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        visible = [entry.name for entry in islice(entries, 10_000) if entry.is_file() and entry.name[0] != "."]
+        return sorted(name for name in visible if not name.lower().endswith(suffixes))
+    return []
 
 
 def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
@@ -117,7 +135,7 @@ class FolderWatcher:
         self._last_error = ""
         # Files that the agent may not move, each logged once.
         self._stuck: set[str] = set()
-        self._suffixes = media_reader.suffixes(stream.media_format) if stream.media_format else TABLE_SUFFIXES
+        self._suffixes = _suffixes(stream)
         self._decoder = DecodeProcess(name, stream, show_values=show_values, must_be_confined=must_be_confined)
         self._marker = FileMarker(data_dir / f"reading.{name}")
         # Files at whose last look the decoder reported an error of the machine, and the line it had come to.

@@ -50,7 +50,7 @@ def is_row_intact(table: str, row: Mapping[str, Any]) -> bool:
 def install(db: sqlite3.Connection, *, writes: bool) -> None:
     """Give a connection the views and, if it writes, the triggers. Raises sqlite3.Error."""
     db.create_function("row_crc", -1, row_crc, deterministic=True)
-    db.create_function("row_intact", -1, _is_intact, deterministic=True)
+    _add_check(db)
     for statement in _views() + (_triggers() if writes else []):
         db.execute(statement)
 
@@ -58,17 +58,27 @@ def install(db: sqlite3.Connection, *, writes: bool) -> None:
 def find_damage(db: sqlite3.Connection, *, large: bool) -> str | None:
     """Return a sentence about the first table with a damaged row, or None; `large` includes the large tables.
 
-    Raises sqlite3.Error.
+    It needs no views: a connection that only checks has none. Raises sqlite3.Error.
     """
+    _add_check(db)
     for table in TABLES:
         if large or table not in _LARGE_TABLES:
             try:
-                db.execute(f"SELECT count(*) FROM checked_{table}").fetchone()
+                db.execute(f"SELECT count(*) FROM {table} WHERE {_intact(table)}").fetchone()
             except sqlite3.OperationalError as error:
                 if FUNCTION_FAILED not in str(error):
                     raise
                 return f"a row of table {table} is not what was written"
     return None
+
+
+def _add_check(db: sqlite3.Connection) -> None:
+    db.create_function("row_intact", -1, _is_intact, deterministic=True)
+
+
+def _intact(table: str) -> str:
+    """Return the condition that a row is what was written."""
+    return f"row_intact(crc, '{table}', {', '.join(_names(table))})"
 
 
 def _is_intact(crc: Any, *row: Any) -> int:
@@ -82,11 +92,8 @@ def _views() -> list[str]:
     views = []
     for table in TABLES:
         rowid = "rowid AS rowid, " if table == "alerts" else ""
-        names = _names(table)
-        intact = f"row_intact(crc, '{table}', {', '.join(names)})"
-        views.append(
-            f"CREATE TEMP VIEW checked_{table} AS SELECT {rowid}{', '.join(names)} FROM main.{table} WHERE {intact}"
-        )
+        columns = f"{rowid}{', '.join(_names(table))}"
+        views.append(f"CREATE TEMP VIEW checked_{table} AS SELECT {columns} FROM main.{table} WHERE {_intact(table)}")
     return views
 
 

@@ -9,12 +9,12 @@ from agent.fleet.evidence.format.contents import AccuracyEntry, Incident
 from agent.fleet.evidence.page.formats import format_duration, parse_epoch_us
 from agent.render import axes
 from agent.render.charts import ForestRow, render_forest
-from agent.render.svg import Drawing, truncate_text
+from agent.render.svg import Drawing, text_width, truncate_text
 from agent.render.theme import PAGE_THEME
 from agent.wire.messages import Metric
 
-_MAX_LANES, _LANE_HEIGHT, _TOP_MARGIN = 16, 22.0, 10.0
-_LANES_WIDTH, _NAME_WIDTH, _DURATION_WIDTH = 360.0, 100.0, 86.0
+_MAX_LANES, _LANE_HEIGHT, _TOP_MARGIN = 16, 34.0, 10.0
+_LANES_WIDTH, _DURATION_WIDTH = 360.0, 86.0
 _STRIP_WIDTH, _STRIP_HEIGHT = 400.0, 90.0
 
 
@@ -30,22 +30,21 @@ def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: in
         return ""
     known.sort(key=lambda entry: entry[1].started)
     draw = Drawing(_LANES_WIDTH, f"Timeline of {len(known)} incidents")
-    left, right = _NAME_WIDTH, _LANES_WIDTH - _DURATION_WIDTH
 
     def to_x(us: int) -> float:
-        return left + (right - left) * min(max((us - begin) / (end_us - begin), 0.0), 1.0)
+        return _LANES_WIDTH * min(max((us - begin) / (end_us - begin), 0.0), 1.0)
 
     bottom = _TOP_MARGIN + _LANE_HEIGHT * len(known)
-    _draw_time_axis(draw, left, right, bottom, begin, end_us)
+    _draw_time_axis(draw, 0.0, _LANES_WIDTH, bottom, begin, end_us)
     for number, (start, incident) in enumerate(known):
         y = _TOP_MARGIN + _LANE_HEIGHT * number
         color = {"critical": PAGE_THEME.fault, "warning": PAGE_THEME.drift}.get(incident.severity, PAGE_THEME.unknown)
         topic = incident.subject if incident.alert in ("drift", "fault") else incident.alert
-        name = truncate_text(f"{incident.device or 'fleet'} {topic}", 12, _NAME_WIDTH - 10)
+        name = truncate_text(f"{incident.device or 'fleet'} {topic}", 12, _LANES_WIDTH - _DURATION_WIDTH)
         draw.text(0, y + 14, name, PAGE_THEME.ink, size=12)
-        x = to_x(start)
-        width = min(max(4.0, to_x(parse_epoch_us(incident.ended) or end_us) - x), right - x)
-        draw.rect(x, y + 4, width, _LANE_HEIGHT - 9, color, r=3, css_class=f"bar-{incident.state}")
+        x = min(to_x(start), _LANES_WIDTH - 4.0)
+        width = max(4.0, to_x(parse_epoch_us(incident.ended) or end_us) - x)
+        draw.rect(x, y + 19, width, 9, color, r=3, css_class=f"bar-{incident.state}")
         duration = format_duration(incident.seconds) + (" so far" if incident.state == "open" else "")
         if incident.state == "unknown":
             duration = "end unknown"
@@ -104,4 +103,5 @@ def _draw_time_axis(
         x = left + (right - left) * (us - begin) / max(1, end - begin)
         if grid:
             draw.line(x, _TOP_MARGIN - 4, x, bottom, PAGE_THEME.grid)
-        draw.text(x, bottom + 16, label, PAGE_THEME.muted, size=11, anchor="middle")
+        half = text_width(label, 11) / 2 + 1
+        draw.text(min(max(x, half), draw.width - half), bottom + 16, label, PAGE_THEME.muted, size=11, anchor="middle")
