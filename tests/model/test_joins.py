@@ -235,3 +235,18 @@ def test_the_float_model_of_a_model_with_a_signature_is_compared(joined_bundle: 
     report = evaluated(joined_bundle, tmp_path / "labelled.csv", float_model=tmp_path / "float.tflite", **options)
     assert report.float_comparison is not None
     assert report.float_comparison.max_output_difference < 0.5
+
+
+def test_a_reference_takes_the_rows_of_further_inputs_from_the_spec_or_a_file(
+    joined_bundle: Path, tmp_path: Path
+) -> None:
+    spec, data, out = tmp_path / "bundle.toml", tmp_path / "reference.csv", tmp_path / "made.json"
+    sources = (["--spec", spec], ["--bundle", joined_bundle, "--join", f"weather={tmp_path / 'weather.csv'}"])
+    for source in sources:
+        result = CliRunner().invoke(command, ["reference", *map(str, (data, *source, "-o", out))])
+        assert result.exit_code == 0, result.output
+        assert out.read_bytes() == (joined_bundle / "reference.json").read_bytes()
+    before = spec.read_bytes()
+    result = CliRunner().invoke(command, ["reference", *map(str, (data, "--spec", spec, "-o", spec))])
+    assert "would overwrite it" in str(result.exception)
+    assert spec.read_bytes() == before
