@@ -139,6 +139,21 @@ def test_a_device_that_is_enrolled_anew_has_a_day_from_then_on(store: FleetStore
     assert any("since it was enrolled on 2026-11-25 21:50:00 UTC" in summary for summary in summaries)
 
 
+def test_silence_since_an_enrolment_without_a_set_clock_counts_from_the_start(
+    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.fleet.incidents.conditions.UNSEEN_LIMIT_S", 3600.0)
+    fleet = Fleet(store)
+    with store.transaction() as db:
+        db.execute("UPDATE keys SET added = '1970-01-01T00:02:00.000000Z'")
+    fleet.run(3300)
+    assert fleet.open() == []
+    fleet.run(600)
+    assert fleet.open() == [("pi-00", "silent", "warning")]
+    [incident] = incidents.list_incidents(store, now=fleet.time())
+    assert "since it was enrolled by a machine whose clock was not set. Run" in incident.summary
+
+
 def test_devices_are_not_silent_because_the_collector_was_off(store: FleetStore) -> None:
     fleet = Fleet(store)
     fleet.health()
