@@ -140,9 +140,7 @@ def test_a_revoked_key_is_sent_once(store: FleetStore, hook: HookServer) -> None
     assert desk.turn(3 * 86_400, step=3_600) == []
 
 
-def test_an_alert_whose_log_ended_is_over_without_a_time_at_which_it_was_cleared(
-    store: FleetStore, hook: HookServer
-) -> None:
+def test_an_alert_whose_log_ended_names_no_time_of_its_end(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     desk.alert()
     desk.turn()
