@@ -139,7 +139,7 @@ def test_a_revoked_key_is_sent_once(store: FleetStore, hook: HookServer) -> None
     assert desk.turn(3 * 86_400, step=3_600) == []
 
 
-def test_an_alert_whose_log_ended_names_no_time_of_its_end(store: FleetStore, hook: HookServer) -> None:
+def test_an_alert_of_a_log_that_ended_is_over_at_no_certain_time(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     desk.alert()
     desk.turn()
