@@ -17,10 +17,10 @@ from agent.device.store import rows
 from agent.drift import DriftMonitor
 from agent.errors import ModelProcessFailed, StorageFull
 from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.testing.patience import wait_until
 from agent.wire import commitment
 from scripts.kit.bundles import ANOMALY, CLASSIFY, Recipe, activated
 from tests.kit.devices import Device
-from tests.kit.stations import wait_for
 
 Make = Callable[[Recipe], Device]
 # Whole drift windows, within the batch of a model that was not tuned.
@@ -129,7 +129,7 @@ def test_no_row_is_lost_where_the_process_is_killed_while_nobody_waits(make: Mak
     assert isinstance(model, SubprocessModel)
     assert model.pid is not None
     os.kill(model.pid, signal.SIGKILL)
-    wait_for(lambda: not model.is_running, "the process is gone")
+    wait_until("the process is gone", lambda: not model.is_running)
     # What it answered before is used.
     with contextlib.suppress(ModelProcessFailed):
         device.run()
