@@ -139,6 +139,19 @@ def test_a_revoked_key_is_sent_once(store: FleetStore, hook: HookServer) -> None
     assert desk.turn(3 * 86_400, step=3_600) == []
 
 
+def test_an_alert_of_a_log_that_ended_is_over_at_no_certain_time(store: FleetStore, hook: HookServer) -> None:
+    desk = Desk(store, hook)
+    desk.alert()
+    desk.turn()
+    desk.senders["pi-07"] = sender = MessageSender("pi-07")
+    store.enrol("pi-07", sender.key.public, replace=True, now=desk.time())
+    desk.add("pi-07", lambda sender: sender.alert(state="cleared"))
+    desk.turn()
+    [text] = [document["text"] for document in desk.documents() if document["kind"] == "recovery"]
+    assert "[cleared] pi-07" in text
+    assert "UTC; no message cleared it: another log took the place of its log" in text
+
+
 def test_an_alert_that_becomes_worse_is_sent_again(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     desk.alert()
