@@ -123,6 +123,8 @@ def _describe_type(problem: str) -> str:
         wanted = " or ".join(_TYPE_WORDS.get(word, word) for word in match[1].split(" | ") if word != "null")
         present = {"array": "a list", "object": "a table", "str": "a text"}.get(match[2], _TYPE_WORDS.get(match[2]))
         return f"must be {wanted}, not {present or match[2]}"
+    if match := re.fullmatch(r"Expected `str` matching regex '(.+)'", problem):
+        return f"has characters or a length that are not allowed: it must match the regular expression {match[1]}"
     if match := re.fullmatch(r"Invalid RFC3339 encoded (date|datetime)", problem):
         return f"must be a {'date' if match[1] == 'date' else 'time'}, such as {_MOMENTS[match[1]]}"
     return problem[:1].lower() + problem[1:]

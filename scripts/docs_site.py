@@ -38,7 +38,9 @@ nav ul { list-style: none; padding: 0; margin: 0 0 1rem } nav h2 { font-size: .8
 nav [aria-current] { font-weight: 700 } nav input { width: 100%; font: inherit; padding: .3rem }
 #found small { display: block; opacity: .75; overflow-wrap: anywhere }
 main { padding: 1rem 2rem 4rem; max-width: 60rem } a { color: var(--link) }
-pre { background: var(--soft); padding: .75rem; overflow: auto } code { font: .9em ui-monospace, monospace }
+pre { background: var(--soft); padding: .75rem; overflow: auto }
+code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere }
+pre code { overflow-wrap: normal }
 table { border-collapse: collapse; display: block; overflow: auto } img { max-width: 100%; background: #fff }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top }
 summary { font-weight: 700; padding: .4rem 0 }

@@ -229,9 +229,9 @@ def _select_golden_windows(job: PackJob, path: Path) -> Float32s:
     return np.concatenate([windows.reshape(len(picked), -1), joined.values], axis=1)
 
 
-def build_reference(path: Path, model: TfliteModel, draft: Manifest) -> Reference:
+def build_reference(path: Path, model: TfliteModel, draft: Manifest, joined_files: Mapping[str, Path]) -> Reference:
     """Build the drift reference. Raises UsageError, BadBundle."""
-    return _learn_reference(_run_model(path, model, draft, {}), draft)
+    return _learn_reference(_run_model(path, model, draft, joined_files), draft)
 
 
 def _learn_reference(run: _ModelRun, draft: Manifest) -> Reference:

@@ -58,7 +58,17 @@ def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffol
         summary = replace(summary, path=os.path.relpath(table.resolve(), folder))
     guess = guess_kind(model)
     text = render_spec(model, os.path.relpath(tflite.resolve(), folder), tflite.stem, summary)
-    return Scaffold(text, guess.kind, guess.rationale, _list_warnings(model.inputs[0], summary))
+    return Scaffold(
+        text, guess.kind, guess.rationale, _list_warnings(model.inputs[_choose_input(model, summary)], summary)
+    )
+
+
+def _choose_input(inspection: ModelInspection, table: TableSummary | None) -> int:
+    """Return the input that drives the task: the first with as many fields as the data, else the longest one."""
+    if table is None:
+        return 0
+    shapes = [infer_window_shape(tensor.shape) for tensor in inspection.inputs]
+    return max(range(len(shapes)), key=lambda i: (shapes[i][1] == len(table.columns), shapes[i][0], -i))
 
 
 def _list_warnings(tensor: Tensor, table: TableSummary | None) -> list[str]:
@@ -119,7 +129,8 @@ def guess_kind(inspection: ModelInspection) -> _KindGuess:
 
 def render_spec(inspection: ModelInspection, model: str, name: str, table: TableSummary | None = None) -> str:
     """Return the text of a SPEC for the model at path `model`, relative to the SPEC; `table` is data for it."""
-    guess, tensor = guess_kind(inspection), inspection.inputs[0]
+    guess, driving = guess_kind(inspection), _choose_input(inspection, table)
+    tensor = inspection.inputs[driving]
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:64]
     lines = [
         "# Input of `outstation model pack`; paths are relative to this file. Check every line.",
@@ -153,11 +164,11 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
         '# card = { model = "MODEL_CARD.md", data = "DATA_CARD.md" }',
         "",
         *_input_lines(tensor, table),
-        *([f"tensor = 0  # {tensor.name}"] if len(inspection.inputs) > 1 else []),
+        *([f"tensor = {driving}  # {tensor.name}"] if len(inspection.inputs) > 1 else []),
         "",
         *_output_lines(inspection, guess),
         "",
-        *_further_lines(inspection),
+        *_further_lines(inspection, driving),
         "[drift]",
         f"window = {drift_window}  # model windows (rows, of a model that answers each row) that are tested together",
     ]
@@ -248,15 +259,16 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
     return lines
 
 
-def _further_lines(inspection: ModelInspection) -> list[str]:
-    """Return a section for each input but the first, and a hint at further outputs."""
+def _further_lines(inspection: ModelInspection, driving: int) -> list[str]:
+    """Return a section for each input but the one that drives the task, and a hint at further outputs."""
     lines = []
-    for index, tensor in enumerate(inspection.inputs[1:], 1):
+    joined = [(index, tensor) for index, tensor in enumerate(inspection.inputs) if index != driving]
+    for number, (index, tensor) in enumerate(joined, 1):
         rows, width, _ = infer_window_shape(tensor.shape)
         lines += [
-            f"[inputs.input-{index}]  # joined to each window by time; rename it",
+            f"[inputs.input-{number}]  # joined to each window by time; rename it",
             f"tensor = {index}  # {tensor.name}",
-            f"fields = {encode_value([f'in{index}_{i}' for i in range(width)])}  # use the names of its stream",
+            f"fields = {encode_value([f'in{number}_{i}' for i in range(width)])}  # use the names of its stream",
             f"rows = {rows}",
             "max_age_s = 3600.0  # older values are missing",
             "",

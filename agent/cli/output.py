@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,13 @@ def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> Non
         echo(f"What to do: {remedy}")
 
 
-def require_writable(file: Path) -> None:
-    """Check before long work that a file can be written, and make its folder. Raises UsageError."""
+def require_writable(file: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check before long work that a file can be written and is none of `inputs`, and make its folder.
+
+    Raises UsageError.
+    """
+    if file.exists() and any(path.exists() and file.samefile(path) for path in inputs):
+        raise UsageError(f"{file}: is read by this command, which would overwrite it; name another file")
     # Imported here: commands that write no file do not need it.
     import tempfile
 

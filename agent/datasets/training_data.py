@@ -196,7 +196,8 @@ def summarize_table(path: Path) -> TableSummary:
             numbers = [name for name in names if _is_number(str(first.columns[name][0]))]
     rows, labels, steps = 0, set[str](), list[NDArray[np.float64]]()
     column = LABEL_COLUMN if LABEL_COLUMN in names else names[0]
-    fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN)]
+    # Labels of further outputs are in label_NAME.
+    fields = [n for n in numbers if n not in (TIME_COLUMN, LABEL_COLUMN) and not n.startswith(f"{LABEL_COLUMN}_")]
     require_columns(path, names, fields)
     if unreadable := [name for name in fields if _UNREADABLE in name]:
         raise UsageError(f"{path}: the name of column {unreadable[0]} is not UTF-8; save the table as UTF-8")

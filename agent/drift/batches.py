@@ -15,6 +15,8 @@ from agent.alerts.alert import Alert
 from agent.arrays import Float32s, Float64s, Ints, any_true
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.row_counts import RowCounts, count_rows
+from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.gate import GateObservation, GateRun, GateWindows
@@ -22,7 +24,7 @@ from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators
 from agent.drift.reporting.training_distance import describe_training_distance
-from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
+from agent.drift.state import Batch, BatchPart, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 from agent.kernel import library as kernel
@@ -34,9 +36,22 @@ MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 640, 4096, 
 MAX_VALUES_PER_COMPILED_PASS, MAX_VALUES_PER_NUMPY_PASS = 1 << 21, 1 << 17
 
 
-class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
-    """The next W drift windows, of n rows each. `begin` (W,) and `starts` (W, w) are offsets into the batch."""
+class MeasuredPart(msgspec.Struct, frozen=True, eq=False):
+    """Consecutive complete windows as their rows `part` show them, whatever the model answers."""
 
+    index: slice  # of the complete windows
+    part: BatchPart
+    rows: Float32s  # (W, n, F)
+    counted: tuple[RowCounts, Tail]
+
+
+class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
+    """The next W drift windows, of n rows each, from model window number `first` of the batch on.
+
+    `begin` (W,) and `starts` (W, w) are offsets into the batch.
+    """
+
+    first: int
     begin: Ints
     starts: Ints
     n: int
@@ -45,53 +60,68 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
     def windows(self) -> int:
         return len(self.begin)
 
+    def measure(self, shipped: Reference, batch: Batch) -> MeasuredWindows:
+        """Measure what does not depend on the model's answers: most of the time that the windows take."""
+        each = max(1, max_rows_per_pass(batch) // self.n)
+        indices = (slice(at, min(at + each, self.windows)) for at in range(0, self.windows, each))
+        return MeasuredWindows(self, batch.first_row, [self._measure_part(shipped, batch, index) for index in indices])
+
+    def _measure_part(self, shipped: Reference, batch: Batch, index: slice) -> MeasuredPart:
+        part = batch.slice_windows(self._model_windows(index), shipped)
+        rows = self._gather_rows(part.values, self.begin[index] - part.begin)
+        return MeasuredPart(index, part, rows, count_rows(shipped, rows, Tail.empty(rows.shape[2])))
+
+    def _model_windows(self, index: slice) -> slice:
+        count = self.starts.shape[1]
+        return slice(self.first + index.start * count, self.first + index.stop * count)
+
     def summarize(
-        self, shipped: Reference, batch: Batch, first: int, assign_classes: Callable[[WindowStatistics, Ints], Ints]
+        self,
+        shipped: Reference,
+        batch: Batch,
+        measured: MeasuredWindows | None,
+        assign_classes: Callable[[WindowStatistics, Ints], Ints],
     ) -> FullWindows:
-        """Summarize them; `first` is the number of the first model window.
+        """Summarize them; `measured`, which this uses up, may be of other windows or rows, and is then left alone.
 
         `assign_classes` maps statistics of model windows and the named classes to the classes they are compared with.
         """
-        each = max(1, max_rows_per_pass(batch) // self.n)
-        parts = [
-            self._summarize_part(shipped, batch, first, slice(at, min(at + each, self.windows)), assign_classes)
-            for at in range(0, self.windows, each)
-        ]
+        if measured is None or not measured.is_for(self, batch):
+            measured = self.measure(shipped, batch)
+        parts = list[Summary]()
+        while measured.parts:
+            # Not held any longer: the next windows take the same memory.
+            parts.append(self._summarize_part(shipped, batch, measured.parts.pop(0), assign_classes))
         begin, end = self.begin, self.begin + self.n - 1
         count = self.starts.shape[1]
         return FullWindows(
             summary.concatenate(parts),
             list(zip((batch.first_row + begin).tolist(), (batch.first_row + end).tolist(), strict=True)),
             list(zip(batch.t[begin].tolist(), batch.t[end].tolist(), strict=True)),
-            list(range(first + count, first + count * self.windows + 1, count)),
+            list(range(self.first + count, self.first + count * self.windows + 1, count)),
         )
 
     def _summarize_part(
         self,
         shipped: Reference,
         batch: Batch,
-        first: int,
-        index: slice,
+        measured: MeasuredPart,
         assign_classes: Callable[[WindowStatistics, Ints], Ints],
     ) -> Summary:
-        starts, begin = self.starts[index], self.begin[index]
-        at = first + index.start * starts.shape[1]
-        part = batch.slice_windows(slice(at, at + starts.size), shipped)
+        starts, answers = self.starts[measured.index], batch.slice_answers(self._model_windows(measured.index))
         if shipped.windowed:
             spans = batch.t[starts + shipped.window_rows - 1] - batch.t[starts]
         else:
             spans = np.diff(batch.t[starts], axis=1)
-        rows, named = self._gather_rows(part.values, begin - part.begin), part.predicted
+        stats = measured.part.stats
         stack, _ = summary.summarize_windows(
             shipped,
-            rows,
+            measured.rows,
             spans,
-            part.stats,
-            named,
-            part.top_scores,
-            assign_classes(part.stats, named),
-            answers=part.answers,
-            error_bins=part.error_bins,
+            stats,
+            classes=assign_classes(stats, answers["predicted"]),
+            counted=measured.counted,
+            **answers,
         )
         return stack
 
@@ -102,6 +132,24 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
             # One after another, as they are where readings come without a pause: no copy.
             return values[begin[0] : begin[0] + windows * self.n].reshape(windows, self.n, fields)
         return np.asarray(values[begin[:, None] + np.arange(self.n)])
+
+
+class MeasuredWindows(msgspec.Struct, frozen=True, eq=False):
+    """Complete windows of a batch from row `first_row` on, measured in parts."""
+
+    windows: CompleteWindows
+    first_row: int
+    parts: list[MeasuredPart]
+
+    def is_for(self, windows: CompleteWindows, batch: Batch) -> bool:
+        """Return True if it is of these windows, and was not used yet."""
+        mine = self.windows
+        return (
+            bool(self.parts)
+            and (self.first_row, mine.first, mine.n) == (batch.first_row, windows.first, windows.n)
+            and np.array_equal(mine.begin, windows.begin)
+            and np.array_equal(mine.starts, windows.starts)
+        )
 
 
 class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -200,7 +248,7 @@ def find_complete_windows(
     count = len(fit) if fit.all() else int(fit.argmin())
     if not count or n[0] > max_rows_per_pass(batch):
         return None
-    return CompleteWindows(begin[:count], starts[:count], int(n[0]))
+    return CompleteWindows(first, begin[:count], starts[:count], int(n[0]))
 
 
 def max_rows_per_pass(batch: Batch) -> int:

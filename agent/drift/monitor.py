@@ -32,7 +32,7 @@ from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
-from agent.drift.batches import FullWindows, WindowAnalysis
+from agent.drift.batches import FullWindows, MeasuredWindows, WindowAnalysis
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.constant_runs import ConstantRuns, run_until_stuck
@@ -45,6 +45,8 @@ from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
 from agent.errors import BadBundle
 from agent.performance.expected_error import NO_ERROR_BINS, ErrorBins
+
+_NO_ANSWERS = np.zeros(0, np.int64)
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -219,13 +221,15 @@ class DriftMonitor:
         modes: Modes | None = None,
         answers: Float64s | None = None,
         error_bins: ErrorBins = NO_ERROR_BINS,
+        measured: MeasuredWindows | None = None,
     ) -> tuple[DriftState, list[DriftWindowResult]]:
         """Process one batch.
 
         `features` (n, F) physical units, NaN missing, of stream rows `rows` (first, last) at `t` (n,) epoch µs;
         `starts` (w,) ascending offsets of model windows of `window_rows` rows; `predicted` (w,) and `scores` (w, K) of
         the model; `modes` of model windows, if a field names classes; `answers` (w, P) of the reference's further
-        outputs. The bin of the error to expect of each answer is written to `error_bins` (w,) of its output.
+        outputs. The bin of the error to expect of each answer is written to `error_bins` (w,) of its output. `measured`
+        is what `measure_batch` returned for the same rows and state.
         Raises ValueError if the batch does not follow the last one.
         """
         if len(features) != rows[1] - rows[0] + 1 or len(t) != len(features):
@@ -243,11 +247,34 @@ class DriftMonitor:
         batch, at = Batch(features, starts, predicted, top, rows[0], t, answers, error_bins), 0
         closed: list[ClosedWindow] = []
         while at < len(starts):
-            state, more, at = self._fill_windows(state, batch, at)
+            state, more, at = self._fill_windows(state, batch, at, measured)
             closed += more
         return state, build_results(merge_quiet(closed), self.shipped)
 
-    def _fill_windows(self, state: DriftState, batch: Batch, first: int) -> tuple[DriftState, list[ClosedWindow], int]:
+    def measure_batch(
+        self, state: DriftState, features: Float32s, starts: Ints, *, first_row: int, t: Ints
+    ) -> MeasuredWindows | None:
+        """Measure of a batch what does not depend on the model's answers, while the model still computes them.
+
+        The arguments are those of `process_batch`. None if no drift window lies in the batch as a whole.
+        """
+        batch, first, counted = Batch(features, starts, _NO_ANSWERS, None, first_row, t), 0, state.last_counted_row
+        if not len(starts):
+            return None
+        if state.open_summary.model_windows:
+            first = self._find_end(state, batch, 0)
+            counted = first_row + int(starts[first - 1]) + self.shipped.window_rows - 1
+        windows = batches.find_complete_windows(self.shipped, batch, first, self.window, counted)
+        return None if windows is None else windows.measure(self.shipped, batch)
+
+    def _find_end(self, state: DriftState, batch: Batch, first: int) -> int:
+        """Return how many model windows there are up to the end of what is added to the open drift window at once."""
+        most = int(np.searchsorted(batch.starts, batch.starts[first] + batches.max_rows_per_pass(batch)))
+        return min(first + self.window - state.open_summary.model_windows, len(batch.starts), max(first + 1, most))
+
+    def _fill_windows(
+        self, state: DriftState, batch: Batch, first: int, measured: MeasuredWindows | None
+    ) -> tuple[DriftState, list[ClosedWindow], int]:
         """Fill drift windows with model windows from `first` on, process the full ones, and return how far it got."""
         ahead = (
             None
@@ -256,8 +283,7 @@ class DriftMonitor:
         )
         full: FullWindows | None = None
         if ahead is None:
-            most = int(np.searchsorted(batch.starts, batch.starts[first] + batches.max_rows_per_pass(batch)))
-            stop = min(first + self.window - state.open_summary.model_windows, len(batch.starts), max(first + 1, most))
+            stop = self._find_end(state, batch, first)
             part = batch.slice_windows(slice(first, stop), self.shipped)
             state = fill_window(state, self.shipped, part, self._assign_classes(state, part.stats, part.predicted))
             if state.open_summary.model_windows < self.window:
@@ -265,7 +291,7 @@ class DriftMonitor:
             full, first = FullWindows.from_state(state, stop), stop
             ahead = batches.find_complete_windows(self.shipped, batch, first, self.window, state.last_counted_row)
         if ahead is not None:
-            more = ahead.summarize(self.shipped, batch, first, partial(self._assign_classes, state))
+            more = ahead.summarize(self.shipped, batch, measured, partial(self._assign_classes, state))
             full = full.extend(more) if full else more
         assert full is not None
         return self._process_full_windows(state, full)

@@ -188,7 +188,7 @@ class Batch(msgspec.Struct, frozen=True):
 
     features: Float32s  # (n, F)
     starts: Ints  # (w,)
-    predicted: Ints  # (w,)
+    predicted: Ints  # (w,); (0,) before the model has answered
     top_scores: Float64s | None  # (w,)
     first_row: int
     t: Ints  # (n,) epoch µs
@@ -205,14 +205,20 @@ class Batch(msgspec.Struct, frozen=True):
             values=values,
             starts=starts,
             stats=window_statistics.compute_statistics(values, starts, shipped.window_rows, shipped.floor),
-            predicted=self.predicted[index],
-            top_scores=None if self.top_scores is None else self.top_scores[index],
-            answers=None if self.answers is None else self.answers[index],
-            error_bins={name: bins[index] for name, bins in self.error_bins.items()},
             begin=begin,
             first_row=self.first_row + begin,
             t=self.t[begin:end],
+            **self.slice_answers(index),
         )
+
+    def slice_answers(self, index: slice) -> dict[str, Any]:
+        """Return the model's answers for these model windows, by the names that a summary has for them."""
+        return {
+            "predicted": self.predicted[index],
+            "top_scores": None if self.top_scores is None else self.top_scores[index],
+            "answers": None if self.answers is None else self.answers[index],
+            "error_bins": {name: bins[index] for name, bins in self.error_bins.items()},
+        }
 
 
 class BatchPart(msgspec.Struct, frozen=True):

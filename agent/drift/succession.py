@@ -30,6 +30,7 @@ _DRIFT = 0  # column of the alerts raised so far
 
 def is_heir(reference: Reference, other: Reference) -> bool:
     """Return True if a bundle with this shipped reference can inherit what was learned with the other one."""
+    # Held-out errors give a further output one more test, which the sums, limits and cycles of the site lack.
     return all(
         getattr(reference, name) == getattr(other, name) for name in ("fields", "labels", "window_rows", "modes")
     ) and (reference.task.further == other.task.further)

@@ -71,6 +71,9 @@ def _manifest_for_float(bundle: Bundle, content: bytes) -> Manifest:
     if not isinstance(wanted, str) or wanted in [tensor.name for tensor in probe.inspect_model(content).outputs]:
         return bundle.manifest
     own = [tensor.name for tensor in probe.inspect_model(bundle.model_bytes).outputs]
+    # Names of the signature are no names of tensors, and a converter keeps them.
+    if wanted not in own:
+        return bundle.manifest
     return replace(bundle.manifest, output=replace(bundle.manifest.output, tensor=own.index(wanted)))
 
 

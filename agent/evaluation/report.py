@@ -17,7 +17,7 @@ from agent.render import charts
 from agent.render import html as page
 from agent.render.charts import CurvePoint, ForestRow, ReliabilityPoint
 from agent.render.html import Content, Markup, element, section, table
-from agent.text import format_interval, format_value
+from agent.text import format_interval, format_value, pluralize
 
 _HEADLINE_METRICS = {
     "classify": ("accuracy", "f1_macro", "brier", "ece"),
@@ -48,7 +48,8 @@ def _header(evaluation: Evaluation) -> Iterator[Markup]:
     model, data = evaluation.model, evaluation.data
     groups = f" of {data.groups} groups ({data.group})" if data.group else ""
     files = ", ".join(source.file for source in data.files[:3]) + (" and more" if len(data.files) > 3 else "")
-    when = f", {data.begin[:10]} to {data.end[:10]}" if data.begin and data.end else ""
+    days = dict.fromkeys((data.begin[:10], data.end[:10])) if data.begin and data.end else {}
+    when = f", {' to '.join(days)}" if days else ""
     yield element("h1", model.title)
     lead = f"{_KIND_PHRASES[model.kind]}; evaluated on {data.windows:,} windows{groups} in {files}{when}."
     yield element("p", lead, css_class="muted")
@@ -61,14 +62,16 @@ def _header(evaluation: Evaluation) -> Iterator[Markup]:
             element("div", *lines, element("span", f"95 % {interval}" if interval else "no interval"), css_class="tile")
         )
     yield element("div", *tiles, css_class="tiles")
-    if evaluation.warnings:
-        title = element("b", "Look at this first" if len(evaluation.warnings) > 1 else "Look at this")
-        yield element("div", title, page.bullet_list(evaluation.warnings), css_class="notice")
+    unmet = [f"{r.requirement}: {r.state}. {r.summary}" for r in evaluation.requirements if r.state != "passed"]
+    if concerns := [*unmet, *evaluation.warnings]:
+        title = element("b", "Look at this first" if len(concerns) > 1 else "Look at this")
+        yield element("div", title, page.bullet_list(concerns), css_class="notice")
     else:
         passed = sum(check.state == "ok" for check in (*evaluation.leakage, *evaluation.label_checks))
         skipped = sum(check.state == "not checked" for check in (*evaluation.leakage, *evaluation.label_checks))
-        missing = f"; {skipped} checks were not made, see below" if skipped else ""
-        text = f"Nothing of concern in {passed} checks and {len(evaluation.slices)} slices{missing}."
+        missing = f"; not made, see below: {pluralize(skipped, 'check')}" if skipped else ""
+        sliced = f" and {pluralize(len(evaluation.slices), 'slice')}" if evaluation.slices else ""
+        text = f"Nothing of concern in {pluralize(passed, 'check')}{sliced}{missing}."
         yield element("div", text, css_class="notice ok")
 
 

@@ -7,6 +7,7 @@
     simulation/         what simulates it, with a broker in memory whose links lose, delay, repeat and split messages
     messages.py         a simulated device: signed, chained messages without any code of the device
     process.py          processes of the `outstation` command
+    patience.py         waits for events, whose limits a busy machine extends
     reasons.py          what a failed wait prints
 
 Nothing here is imported by a device or a collector.

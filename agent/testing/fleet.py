@@ -15,7 +15,8 @@ from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model.bundle import builtin
 from agent.quantities import parse_duration
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.process import TIMEOUT_S, OutstationProcess, run_outstation, wait_until
+from agent.testing.patience import TIMEOUT_S, wait_until
+from agent.testing.process import OutstationProcess, run_outstation
 from agent.testing.reasons import describe_fleet, match_alert, require_device
 
 FLEET = "acme"
@@ -36,7 +37,14 @@ class DeviceProcess(OutstationProcess):
         return self.home / "data"
 
     def start_count(self) -> int:
-        return self.log.read_text(encoding="utf-8").count("running:") if self.log.exists() else 0
+        return self._count_in_log("running:")
+
+    def session_count(self) -> int:
+        """Return how often the daemon has connected to its broker."""
+        return self._count_in_log("broker: connected to")
+
+    def _count_in_log(self, text: str) -> int:
+        return self.log.read_text(encoding="utf-8").count(text) if self.log.exists() else 0
 
     def start_and_wait(self, **environment: str) -> DeviceProcess:
         before = self.start_count()
@@ -44,6 +52,17 @@ class DeviceProcess(OutstationProcess):
         wait_until(f"{self.name} runs; see {self.log}", lambda: self.start_count() > before or not self.is_running)
         assert self.is_running, self.log.read_text(encoding="utf-8")
         return self
+
+    def start_and_connect(self) -> DeviceProcess:
+        """Start the daemon and wait for its session: a command sent before it would find no subscriber."""
+        before = self.session_count()
+        self.start_and_wait()
+        self.wait_for_session(before)
+        return self
+
+    def wait_for_session(self, former: int) -> None:
+        """Wait until `session_count` is above `former`."""
+        wait_until(f"{self.name} connects; see {self.log}", lambda: self.session_count() > former)
 
     def append_config(self, text: str) -> DeviceProcess:
         """Append TOML to the config that enrolment wrote."""

@@ -9,13 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-# Long: a busy machine is slow, and a test that passes never waits for it.
-TIMEOUT_S = 90.0
+from agent.testing.patience import TIMEOUT_S
 
 
 class MissingProgram(Exception):
@@ -29,15 +27,6 @@ def find_program(name: str, package: str = "") -> str:
     if path is None:
         raise MissingProgram(f"{name} is not installed: apt-get install {package or name}")
     return path
-
-
-def wait_until(description: str, condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
-    """Wait until a condition is true. Raises AssertionError with the description after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s:g} s: {description}")
-        time.sleep(0.05)
 
 
 def run_outstation(*arguments: str, timeout_s: float = TIMEOUT_S, **options: Any) -> subprocess.CompletedProcess[str]:

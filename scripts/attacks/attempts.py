@@ -13,7 +13,7 @@ import msgspec
 
 from agent.errors import LinkDown
 from agent.testing.messages import MessageSender
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws, keys

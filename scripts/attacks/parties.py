@@ -24,7 +24,8 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
 from agent.testing.fleet import FLEET, LocalFleet
 from agent.testing.messages import MessageSender
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import keys, root_metadata, trust

@@ -12,8 +12,8 @@ from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.testing.patience import wait_until
 from scripts.faults import fault, proxy
-from scripts.faults.patience import wait_until
 from scripts.faults.proxy import Cut, Packet, Rule
 from scripts.faults.world import Setting, World
 from scripts.kit.process_stats import memory_kb

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from random import Random
 
+from agent.testing.patience import wait_until
 from scripts.faults import fault
 from scripts.faults.clock import Clock, no_boot, no_clock
-from scripts.faults.patience import wait_until
 from scripts.faults.stamped import Stamped
 from scripts.faults.world import Setting, World
 from scripts.kit.process_stats import cpu_s

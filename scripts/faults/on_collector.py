@@ -14,9 +14,9 @@ from random import Random
 
 from agent import clock
 from agent.fleet import config as fleet_config
+from agent.testing.patience import wait_until
 from agent.testing.process import OutstationProcess
 from scripts.faults import fault
-from scripts.faults.patience import wait_until
 from scripts.faults.world import DEVICE, Setting, World
 
 _DISK = "48m"

@@ -8,10 +8,10 @@ import signal
 import time
 from random import Random
 
+from agent.testing.patience import wait_until
 from agent.testing.process import run_outstation
 from scripts.faults import fault
 from scripts.faults.disk import memory_cgroup, no_cgroup
-from scripts.faults.patience import wait_until
 from scripts.faults.world import Setting, World
 
 

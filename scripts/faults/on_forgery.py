@@ -10,13 +10,13 @@ from random import Random
 from agent import clock
 from agent.testing.fleet import FLEET
 from agent.testing.messages import new_key
+from agent.testing.patience import pause, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
 from scripts.faults import fault
-from scripts.faults.patience import pause, wait_until
 from scripts.faults.world import DEVICE, World
 from scripts.kit.broker_client import publish_all
 

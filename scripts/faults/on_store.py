@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from agent.testing.patience import wait_until
 from scripts.faults import fault
 from scripts.faults.disk import flip_bit, overwrite, results
-from scripts.faults.patience import wait_until
 from scripts.faults.world import World
 
 _DATABASE, _WAL, _JOURNAL = "outstation.db", "outstation.db-wal", "journal"

@@ -12,9 +12,9 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.enrolment import pki
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from scripts.faults import fault
-from scripts.faults.patience import wait_until
 from scripts.faults.world import DEVICE, Setting, World
 from scripts.kit.certificates import make_expired
 

@@ -16,11 +16,11 @@ import psutil
 
 from agent.device.rollout.fetch.fetcher import WORKER_COMMAND
 from agent.model.sandbox import worker
+from agent.testing.patience import wait_until
 from scripts.faults import Injection, fault
 from scripts.faults.clock import Clock, no_clock
 from scripts.faults.disk import Card, no_card, on_card
 from scripts.faults.on_clock import on_clock
-from scripts.faults.patience import wait_until
 from scripts.faults.updating import Updating, updating
 from scripts.faults.world import Setting, World
 

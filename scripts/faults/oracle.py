@@ -24,10 +24,10 @@ from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import audit
 from agent.fleet.audit.report import AuditReport
+from agent.testing.patience import Patience
 from agent.wire import commitment
 from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
-from scripts.faults.patience import Patience
 from scripts.faults.producer import FIELDS
 from scripts.faults.world import DEVICE, TASKS, World
 

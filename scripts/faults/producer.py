@@ -11,7 +11,7 @@ from random import Random
 import msgspec
 
 from agent.client import Client
-from scripts.faults.patience import Patience
+from agent.testing.patience import Patience
 
 FIELDS = ("a", "b", "c", "d")
 # A fixed time in the past: rows carry their own time, which also identifies them.

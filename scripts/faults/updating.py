@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from agent.authoring import pack
 from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
+from agent.testing.patience import wait_until
 from agent.testing.process import run_outstation
-from scripts.faults.patience import wait_until
 from scripts.faults.world import DEVICE, TASKS, World
 from scripts.kit import bundles
 

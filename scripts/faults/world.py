@@ -16,8 +16,8 @@ import msgspec
 from agent.device.store.store import Store
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.fleet import DeviceProcess, LocalFleet, field_tables
+from agent.testing.patience import wait_until
 from agent.testing.process import OutstationProcess
-from scripts.faults.patience import wait_until
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
 from scripts.kit import bundles

@@ -14,7 +14,8 @@ from typing import Any
 
 from agent.testing.broker import free_port
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import find_program, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import find_program
 
 RULES = Path(__file__).parents[2] / "deploy" / "prometheus-rules.yml"
 

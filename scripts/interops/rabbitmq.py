@@ -15,7 +15,8 @@ from pathlib import Path
 from agent.config import BrokerConfig
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import MissingProgram, find_program, run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import MissingProgram, find_program, run_outstation
 from agent.transport.mqtt import Link
 from scripts.kit.postgres import run_server
 

@@ -121,7 +121,7 @@ def _pack_successor(folder: Path, key: SigningKey) -> Path:
     shutil.copytree(shipped, folder)
     loaded = bundle.read(shipped, None)
     model = runtime.load_model(loaded.manifest, loaded.model_bytes)
-    reference = pack.build_reference(_recordings_path(), model, loaded.manifest).to_json()
+    reference = pack.build_reference(_recordings_path(), model, loaded.manifest, {}).to_json()
     (folder / "reference.json").write_bytes(reference)
     document = json.loads((folder / "manifest.json").read_bytes())
     document["version"] = "2.0.0"

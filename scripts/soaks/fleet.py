@@ -24,7 +24,8 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
-from agent.testing.process import OutstationProcess, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import OutstationProcess
 from agent.transport.mqtt import Link
 from agent.transport.packets import PublishReceipt
 from scripts.kit import postgres, process_stats

@@ -20,7 +20,8 @@ import pytest
 from agent.client import Client, FlushResult
 from agent.device.intake.group_commit import MAX_GROUP_ROWS
 from agent.device.store.store import Store
-from tests.kit.stations import T0, Killable, Station, conf, wait_for
+from agent.testing.patience import wait_until
+from tests.kit.stations import T0, Killable, Station, conf
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_many_lines_do_not_wait_for_the_commit_timer(tmp_path: Path) -> None:
         client = Client(station.socket)
         for n in range(40_000):
             number(client, n)
-        wait_for(lambda: station.store.last_row("machine") > 40_000 - MAX_GROUP_ROWS, "all rows but the last ones")
+        wait_until("all rows but the last ones", lambda: station.store.last_row("machine") > 40_000 - MAX_GROUP_ROWS)
         client.close()
 
 
@@ -466,7 +467,7 @@ def test_rejected_lines_are_resent_only_if_the_rejection_was_not_read(
         with monkeypatch.context() as deaf:
             deaf.setattr(client, "_read_replies", lambda: None)
             number(client, 1)
-            wait_for(lambda: station.commits > 0, "the first line is refused")
+            wait_until("the first line is refused", lambda: station.commits > 0)
             full[0] = False
             number(client, 2)
         client._socket.close()

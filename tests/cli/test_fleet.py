@@ -26,8 +26,8 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import MessageSender, SignedMessage
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
-from tests.kit.stations import wait_for
 
 NOW = "2026-11-24T22:20:00.000000Z"
 COMMANDS = ["init", "token", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "evidence", "watch"]
@@ -327,7 +327,7 @@ def test_watch_comes_back_when_the_broker_does(watched: Path, broker: MosquittoB
     output = watched / "stderr"
     with output.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    wait_for(lambda: "trying again" in output.read_text(), "the broker is missed")
+    wait_until("the broker is missed", lambda: "trying again" in output.read_text())
     broker.start()
     send(broker, sender.results())
     with process:

@@ -27,7 +27,7 @@ from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from tests.kit.stations import ROOT, T0, Killable, Station, rows_of
 
 CONFIG = """\

@@ -17,7 +17,8 @@ from agent.datasets.recordings import load
 from agent.errors import UsageError
 from agent.performance.labels import Label
 from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import run_outstation
 from tests.kit.commands import audit_fleet, call_outstation
 
 WINDOW = 100

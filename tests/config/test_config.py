@@ -339,6 +339,7 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be positive"),
         (STREAM + TASK + "deadline = 2", "tasks.exercise.deadline", "must be a number with a unit"),
         (STREAM + TASK + "learn_windows = 5", "tasks.exercise.learn_windows", "must be at least 20"),
+        ('[homeassistant]\nprefix = "a b"', "homeassistant.prefix", "must match the regular expression ^[A-Za-z0-9_-]"),
         (STREAM + "privacy = { round = { ay = 1, ax = 'x' } }", "streams.watch.privacy.round.ax", "must be a number"),
         (STREAM + TASK + "inputs = { a = { stream = 'watch' }, b = 1 }", "tasks.exercise.inputs.b", "must be a table"),
     ],

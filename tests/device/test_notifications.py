@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from agent.device.store.store import Store
 from agent.errors import StorageError
 from agent.notify.notifier import Notifier, NotifierThread
 from agent.testing.messages import new_key
-from tests.notify.servers import HookServer, hook_server
+from agent.testing.patience import Patience, wait_until
+from tests.notify.servers import HookServer, hook_server, is_idle
 
 NOW_S = 1.8e9
 
@@ -62,10 +62,7 @@ class Device:
             for _ in range(turns):
                 self.now_s += 40
                 notifier.tick()
-                end = time.monotonic() + 10
-                while any(w.is_busy for w in notifier._workers.values()) and notifier._outcomes.empty():
-                    assert time.monotonic() < end
-                    time.sleep(0.005)
+                wait_until("idle workers, or an outcome", lambda: is_idle(notifier))
             notifier.tick()
             notifier.stop()
         return [json.loads(post.body)["subject"] for post in self.hook.posts[before:]]
@@ -181,13 +178,10 @@ def test_the_thread_tells_within_seconds_and_ends(device: Device, hook: HookServ
     thread = NotifierThread(device.config, lambda: open_notifications(device.folder, source))
     thread.start()
     device.alert()
-    end = time.monotonic() + 20
-    while not hook.posts:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    began = time.monotonic()
+    wait_until("the post", lambda: hook.posts)
+    patience = Patience(5.0)
     thread.stop()
-    assert time.monotonic() - began < 5
+    assert not patience.is_over()
 
 
 def test_events_are_not_repeated() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, batches
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.summary import Summary
 from agent.errors import BadBundle
@@ -47,7 +47,10 @@ def alerts(verdicts: list[DriftWindowResult]) -> list[Alert]:
 def test_any_batches_give_the_same_verdicts_and_the_same_state(
     monitor: DriftMonitor, cuts: list[int], gap: int
 ) -> None:
-    """Model windows have gaps of `gap` rows; batches reach from learning into drift and a stuck sensor."""
+    """Model windows have gaps of `gap` rows; batches reach from learning into drift and a stuck sensor.
+
+    It makes no difference whether a batch was measured ahead, or the batch before it was instead.
+    """
     lead = learning_from(monitor, 20)
     r = readings(8, 26)
     r.features[220 * ROWS :, 0] *= 2.5
@@ -58,12 +61,15 @@ def test_any_batches_give_the_same_verdicts_and_the_same_state(
         features[row::step] = r.features[row::ROWS]
     t = np.arange(len(features), dtype=np.int64) * 20_000
 
-    def run(bounds: list[int]) -> tuple[bytes, list[DriftWindowResult]]:
-        state, verdicts = lead.start(), []
+    def run(bounds: list[int], ahead: str = "") -> tuple[bytes, list[DriftWindowResult]]:
+        state, verdicts, measured, earlier = lead.start(), [], None, None
         for begin, end in pairwise(bounds):
             rows = (begin * step + 1, end * step)
             part = features[begin * step : end * step]
             starts = np.arange(end - begin) * step
+            if ahead:
+                now = lead.measure_batch(state, part, starts, first_row=rows[0], t=t[rows[0] - 1 : rows[1]])
+                measured, earlier = now if ahead == "this" else earlier, now
             state, more = lead.process_batch(
                 state,
                 part,
@@ -73,16 +79,39 @@ def test_any_batches_give_the_same_verdicts_and_the_same_state(
                 r.scores[begin:end],
                 rows=rows,
                 t=t[rows[0] - 1 : rows[1]],
+                measured=measured,
             )
             verdicts += more
         return state.to_bytes(), verdicts
 
     state, verdicts = run([0, 260])
-    other_state, other = run([0, *sorted(cuts), 260])
     assert sum(v.windows for v in verdicts) == 26
     assert {a.alert for a in alerts(verdicts)} == {"drift", "fault"}
-    assert comparable(other) == comparable(verdicts)
-    assert other_state == state
+    for ahead in ("", "this", "earlier"):
+        other_state, other = run([0, *sorted(cuts), 260], ahead)
+        assert comparable(other) == comparable(verdicts)
+        assert other_state == state
+
+
+def test_windows_measured_ahead_are_not_measured_again(
+    monitor: DriftMonitor, learned: DriftState, quiet: Readings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, first = quiet.windows((LEARN + 2), 60), learned.last_counted_row + 1
+    starts, t = np.arange(len(part.labels)) * ROWS, np.arange(len(part.features)) * 20_000
+    measured = monitor.measure_batch(learned, part.features, starts, first_row=first, t=t)
+    monkeypatch.setattr(batches, "count_rows", lambda *_: pytest.fail("counted again"))
+    state, _ = monitor.process_batch(
+        learned,
+        part.features,
+        starts,
+        ROWS,
+        part.labels,
+        part.scores,
+        rows=(first, first + len(part.features) - 1),
+        t=t,
+        measured=measured,
+    )
+    assert state.last_counted_row == first + len(part.features) - 1
 
 
 def learning_from(monitor: DriftMonitor, learn: int) -> DriftMonitor:

@@ -24,7 +24,7 @@ from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.testing.fleet import FIELDS, DeviceProcess, LocalFleet, field_tables
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from tests.kit.commands import audit_fleet
 
 LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")

@@ -12,15 +12,14 @@ import pytest
 from agent.config import BrokerConfig
 from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
 from agent.testing.messages import new_key
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.jws import encode
 from scripts.kit.broker_client import publish_all
 from tests.kit.commands import audit_fleet, call_outstation
-
-KNOWN = "the collector knows the new signing key"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def device(fleet: LocalFleet) -> DeviceProcess:
-    device = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
-    # It is connected, so that it gets the first command.
+    device = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_connect()
     wait_until("the first results", lambda: fleet.last_result_row("pi-01") > 0)
     return device
 
@@ -67,7 +65,7 @@ def test_report_answers_with_the_status_and_sends_health(fleet: LocalFleet, devi
 def test_pause_stops_a_task_also_over_a_restart_and_resume_goes_on(fleet: LocalFleet, device: DeviceProcess) -> None:
     assert command(fleet, "pi-01", "pause", "exercise")[0] == 0
     assert device.stop() == 0
-    device.start_and_wait()
+    device.start_and_connect()
     assert task(device)["paused"] is True
     used = task(device)["row"]
     code, answer = command(fleet, "pi-01", "run", "exercise")
@@ -121,6 +119,7 @@ def test_an_absent_device_is_reported_at_once(fleet: LocalFleet) -> None:
 def test_wrong_use_exits_2_and_sends_nothing(
     fleet: LocalFleet, device: DeviceProcess, arguments: tuple[str, ...]
 ) -> None:
+    assert command(fleet, "pi-01", "report")[0] == 0
     before = (fleet.home / "operator.counter").read_text(encoding="ascii")
     done = call_outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
@@ -171,6 +170,7 @@ def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
 ) -> None:
     kids = set()
     for _ in range(2):
+        sessions = device.session_count()
         code, answer = command(fleet, "pi-01", "rotate-key")
         assert code == 0, json.dumps(answer)
         kids.add(answer["data"]["kid"])
@@ -180,14 +180,12 @@ def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
         )
         before = fleet.last_result_row("pi-01")
         wait_until("results under the new key", lambda: fleet.last_result_row("pi-01") > before)  # noqa: B023
-        wait_until("the device knows that", lambda: device.log.read_text().count(KNOWN) == len(kids))
-        # The new key signs the last will of a new session: a command between both finds no subscriber.
-        wait_until("its new session", lambda: "connected to" in device.log.read_text().rpartition(KNOWN)[2])
+        # The new key signs the last will of a new session.
+        device.wait_for_session(sessions)
     assert len(kids) == 2
     assert command(fleet, "pi-01", "report")[0] == 0
     device.kill()
-    device.start_and_wait()
-    wait_until("results after a restart", lambda: listed(fleet, "pi-01")["state"] == "online")
+    device.start_and_connect()
     assert command(fleet, "pi-01", "report")[0] == 0
     report = audit_fleet(fleet.home)[1]
     assert report["passed"], report
@@ -202,11 +200,13 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     doomed = fleet.add_device("pi-02").add_replay_stream(10**9, 40, seed=3).add_task("exercise")
     at_once = doomed.config.read_text(encoding="utf-8").replace("[operators]", '[operators]\nwipe_delay = "0 s"')
     doomed.config.write_text(at_once, encoding="utf-8")
-    doomed.start_and_wait()
+    doomed.start_and_connect()
     wait_until("something was collected", lambda: fleet.last_result_row("pi-02") > 0)
+    sessions = doomed.session_count()
     assert command(fleet, "pi-02", "rotate-key")[0] == 0
+    doomed.wait_for_session(sessions)
     code, answer = command(fleet, "pi-02", "wipe", "not-the-word")
-    assert (code, doomed.is_running) == (1, True)
+    assert (code, answer["answered"], doomed.is_running) == (1, True, True)
     unconfirmed = run_outstation("fleet", "command", "pi-02", "wipe", "--dir", str(fleet.home))
     assert (unconfirmed.returncode, "--yes" in unconfirmed.stderr) == (2, True)
     code, answer = command(fleet, "pi-02", "wipe", "--yes")

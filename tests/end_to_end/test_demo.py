@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from agent.testing.patience import wait_until
 from agent.testing.process import find_program
 
 # Real starts, as users and systemd do it.
@@ -110,9 +111,7 @@ def test_a_demo_that_is_interrupted_leaves_no_process_behind(tmp_path: Path, num
     home = tmp_path / "home"
     command = [sys.executable, "-m", "agent", "demo", "--dir", str(home), "--devices", "1", "--no-dashboard"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as demo:
-        deadline = time.monotonic() + 60
-        while not (home / "pi-01.log").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until("the daemon's log", (home / "pi-01.log").exists)
         time.sleep(0.5)
         os.kill(demo.pid, number)
         _, stderr = demo.communicate(timeout=60)

@@ -21,7 +21,7 @@ from agent.bridge.sparkplug_payload import _payload_type
 from agent.client import Client
 from agent.config import BrokerConfig
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from agent.wire.privacy.field_privacy import OPTIONAL_KINDS

@@ -22,12 +22,12 @@ from agent.config import BrokerConfig
 from agent.device.store.store import Store
 from agent.fleet.rollout.plan import read as read_plan
 from agent.testing.broker import MosquittoBroker
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from scripts.kit.bundles import readings, write_csv
 from tests.kit.commands import call_outstation
-from tests.kit.stations import ROOT, wait_for
+from tests.kit.stations import ROOT
 
 GUIDES = ROOT / "docs" / "guides"
 FIRST_PI = ROOT / "docs" / "start" / "first-pi.md"
@@ -94,7 +94,7 @@ def test_every_stream_of_the_guide_gets_its_rows_as_the_guide_says(
             conf = config.load(tmp_path / "outstation.toml")
             expected = {"door": 3, "meter": 4, "camera": 8}
             for stream in conf.streams:
-                wait_for(partial(has_rows, tmp_path, stream, expected.get(stream, 1)), f"rows of {stream}")
+                wait_until(f"rows of {stream}", partial(has_rows, tmp_path, stream, expected.get(stream, 1)))
         finally:
             daemon.terminate()
             assert daemon.wait(20) == 0

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from agent.device.intake.sources.file_marker import FileMarker
-from agent.testing.process import OutstationProcess, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import OutstationProcess
 from agent.wire import keys
 from scripts.kit.memory_cgroup import MemoryCgroup, memory_cgroup
 from tests.kit.commands import call_outstation

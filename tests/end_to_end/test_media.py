@@ -25,7 +25,8 @@ from agent.datasets import training_data
 from agent.device.store.store import Store
 from agent.errors import ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle
-from agent.testing.process import OutstationProcess, run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import OutstationProcess, run_outstation
 from scripts.kit.bundles import KEY, MODELS
 from tests.kit.commands import call_outstation
 from tests.kit.devices import expand_columns

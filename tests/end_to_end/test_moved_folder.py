@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.testing.process import OutstationProcess, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import OutstationProcess
 from tests.kit.commands import call_outstation
 from tests.kit.stations import Line
 

@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from agent.cli.fleet.group import fleet
 from agent.fleet.enrolment import pki
 from agent.testing.broker import free_port
-from agent.testing.process import find_program, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import find_program
 from tests.kit.stations import ROOT
 
 pytestmark = pytest.mark.process

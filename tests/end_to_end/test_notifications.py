@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agent.testing.fleet import LocalFleet
 from agent.testing.messages import MessageSender, SignedMessage
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from tests.notify.servers import HookServer, Mailbox, hook_server, mailbox
 
@@ -95,7 +95,7 @@ def test_an_alert_reaches_webhook_and_mail_within_seconds(tmp_path: Path) -> Non
             lambda: bool(box.mails),
         )
         print("seconds to database, webhook, mail:", [round(each, 2) for each in stored])
-        assert max(stored) < 15
+        assert max(stored) < 30
         assert box.mails[0]["Subject"] == "[warning] pi-07: ax: the sensor is unplugged."
         fleet.collector.kill()
         fleet.collector.start()
@@ -115,4 +115,4 @@ def test_a_webhook_that_hangs_delays_no_ingest(tmp_path: Path) -> None:
             hanging = seconds_to_store(fleet, sender, link)
     print(f"seconds for {CHUNKS * CHUNK} messages: {usual:.2f} without, {hanging:.2f} with a webhook that hangs")
     # A target that were asked in the collector's loop would take ten seconds a message.
-    assert hanging < 2 * usual + 3
+    assert hanging < usual + 8

@@ -11,7 +11,8 @@ import pytest
 
 from agent.fleet import config as fleet_config
 from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import run_outstation
 from agent.wire import keys
 
 pytestmark = pytest.mark.attack("operators")
@@ -31,7 +32,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def device(fleet: LocalFleet) -> DeviceProcess:
-    return fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
+    return fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_connect()
 
 
 def run(fleet: LocalFleet, *words: str) -> tuple[int, str]:
@@ -110,7 +111,7 @@ def test_a_stolen_operator_key_is_replaced_while_the_device_runs(fleet: LocalFle
     use_key(fleet, fleet.folder / "new.key")
     assert command(fleet, "report")[0] == 0
     device.kill()
-    device.start_and_wait()
+    device.start_and_connect()
     assert command(fleet, "report")[0] == 0
     _, text = run(fleet, "keys", "show", "--json")
     assert {entry["key"] for entry in json.loads(text)["keys"] if entry["role"] == "operator"} == {new.public.text}

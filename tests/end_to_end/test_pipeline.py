@@ -32,7 +32,8 @@ from agent.device.uplink.uplink import Uplink
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FIELDS, FLEET, DeviceProcess, LocalFleet, field_tables, last_result_row
 from agent.testing.messages import new_key
-from agent.testing.process import NotifySocket, OutstationProcess, run_outstation, wait_until
+from agent.testing.patience import Patience, wait_until
+from agent.testing.process import NotifySocket, OutstationProcess, run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
@@ -283,10 +284,10 @@ def waiting(device: DeviceProcess) -> int:
 def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: Running) -> None:
     device, fleet = running.device, running.fleet
     running.progresses()
-    began = time.monotonic()
+    patience = Patience(5.0)
     assert device.stop() == 0
-    assert time.monotonic() - began < 5.0
-    assert running.systemd.messages[-1] == "STOPPING=1"
+    assert not patience.is_over()
+    wait_until("the word to systemd", lambda: running.systemd.messages[-1] == "STOPPING=1")
     assert json.loads(retained(fleet, "state"))["state"] == "stopped"
     wait_until("stopped at the collector", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
     rows, [(log, through)] = last_row(device), fleet.query("SELECT log, last_seq FROM logs")
@@ -310,9 +311,9 @@ def retained(fleet: LocalFleet, kind: str) -> bytes:
 
 def test_sigterm_without_a_broker_stops_in_time_as_well(fleet: LocalFleet) -> None:
     device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 20).add_task("exercise").start_and_wait()
-    began = time.monotonic()
+    patience = Patience(5.0)
     assert device.stop() == 0
-    assert time.monotonic() - began < 5.0
+    assert not patience.is_over()
 
 
 def test_a_second_daemon_on_the_same_folder_is_refused_in_one_line(running: Running) -> None:

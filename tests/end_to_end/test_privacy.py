@@ -16,7 +16,7 @@ import pytest
 
 from agent.client import Client
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from scripts.kit.bundles import CLASSIFY, KEY, packed
 from tests.kit.commands import call_outstation
 

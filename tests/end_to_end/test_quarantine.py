@@ -17,7 +17,8 @@ from agent.device.bundles.quarantine import CrashMarker
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import tuning
 from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.process import NotifySocket, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import NotifySocket
 from scripts.kit.bundles import KEY, change_manifest
 from tests.kit.commands import audit_fleet
 
@@ -104,10 +105,7 @@ def test_a_hanging_bundle_gives_way_after_two_watchdog_kills(
     with contextlib.closing(NotifySocket(fleet.folder / "notify")) as systemd:
         for _ in range(2):
             device.start_and_wait(NOTIFY_SOCKET=str(systemd.path))
-            wait_until("it hangs", lambda: hangs(device))
-            before = systemd.messages.count("WATCHDOG=1")
-            time.sleep(2.0)
-            assert systemd.messages.count("WATCHDOG=1") == before
+            wait_until("it hangs", lambda: hangs(device, systemd))
             # As systemd does then.
             os.kill(device.pid, signal.SIGABRT)
             assert device.wait(60) == -signal.SIGABRT
@@ -115,9 +113,10 @@ def test_a_hanging_bundle_gives_way_after_two_watchdog_kills(
         went_on_without_loss(fleet, device)
 
 
-def hangs(device: DeviceProcess) -> bool:
-    """Return True if the crash marker stays the same."""
-    first = CrashMarker(device.data_dir).previous
-    time.sleep(0.5)
+def hangs(device: DeviceProcess, systemd: NotifySocket) -> bool:
+    """Return True if the crash marker stays the same, and no sign of life comes meanwhile."""
+    first, signs = CrashMarker(device.data_dir).previous, systemd.messages.count("WATCHDOG=1")
+    time.sleep(2.0)
     second = CrashMarker(device.data_dir).previous
-    return first is not None and second is not None and first.id == second.id
+    is_same = first is not None and second is not None and first.id == second.id
+    return is_same and systemd.messages.count("WATCHDOG=1") == signs

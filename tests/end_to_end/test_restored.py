@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from tests.kit.commands import audit_fleet
 
 ENDLESS = 10**9

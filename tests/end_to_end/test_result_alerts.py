@@ -6,7 +6,8 @@ from typing import Any
 
 from agent.model.bundle import builtin, bundle
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import run_outstation
 
 ROWS = 6000
 LIMITS = (0.9, 0.97, 0.98, 0.985)

@@ -14,7 +14,7 @@ from agent.config import BrokerConfig
 from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle
 from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys

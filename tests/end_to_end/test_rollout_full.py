@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from agent.device.rollout import transitions
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from scripts.faults.disk import Card, no_card
 from tests.kit.marks import crashing
 from tests.kit.rollouts import Site, bundles_in, tiles

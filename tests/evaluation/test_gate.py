@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from agent.cli.model.group import model as command
 from agent.errors import ConfigError, UsageError
-from agent.evaluation import gate, label_quality, small_cells
+from agent.evaluation import gate, label_quality, report, small_cells
 from agent.evaluation.context import EvaluationRequest
 from agent.evaluation.document import Evaluation
 from agent.model.bundle import bundle
@@ -173,6 +173,15 @@ def test_any_text_is_a_requirement_or_is_refused(text: str) -> None:
         gate.parse_requirement(text, "--require")
     except UsageError:
         return
+
+
+def test_the_report_of_a_closed_gate_begins_with_what_is_not_met(evaluation: Evaluation) -> None:
+    results = gate.check(gate.read_gate(("accuracy >= 0.1", "accuracy > 1")), evaluation)
+    page = report.render_html(replace(evaluation, requirements=results, warnings=[]))
+    assert "Look at this" in page
+    assert "accuracy &gt; 1: failed." in page
+    assert "Nothing of concern" not in page
+    assert "Nothing of concern" in report.render_html(replace(evaluation, requirements=results[:1], warnings=[]))
 
 
 def test_a_file_holds_requirements_and_limits(tmp_path: Path, evaluation: Evaluation) -> None:

@@ -22,6 +22,7 @@ from agent.cli.model.group import model as command
 from agent.errors import UsageError
 from agent.evaluation.predict.ray_worker import MAX_ATTEMPTS
 from agent.testing.broker import free_port
+from agent.testing.patience import wait_until
 from scripts.kit.bundles import (
     ANOMALY,
     CLASSIFY,
@@ -36,7 +37,7 @@ from scripts.kit.bundles import (
     write_joined_spec,
 )
 from tests.kit.clusters import WITHIN_S, Ray, cluster, ended
-from tests.kit.stations import ROOT, wait_for
+from tests.kit.stations import ROOT
 
 pytest.importorskip("ray", reason="Ray is not installed here; scripts/test ray installs it apart and runs these")
 pa = pytest.importorskip("pyarrow")
@@ -120,7 +121,7 @@ def test_another_worker_takes_over_the_file_of_a_killed_one(ray: Ray, bundle: Pa
     source, out = tmp_path / "in.parquet", tmp_path / "there.parquet"
     write_parquet(source, 8 * LONG, 1)
     driver = ray.begin_run(bundle, source, out)
-    wait_for(lambda: bool(ray.writers(tmp_path)), "a worker at the file", WITHIN_S)
+    wait_until("a worker at the file", lambda: bool(ray.writers(tmp_path)), timeout_s=WITHIN_S)
     for writer in ray.writers(tmp_path).values():
         writer.kill()
     code, document = ended(driver)
@@ -136,10 +137,10 @@ def test_nodes_killed_in_turn_lose_and_double_nothing(ray: Ray, bundle: Path, tm
     for i in range(FILES):
         write_parquet(source / f"{i}.parquet", LONG, i)
     driver = ray.begin_run(bundle, source, out)
-    wait_for(lambda: {2, 3} <= ray.writers(out).keys(), "both nodes at work", WITHIN_S)
+    wait_until("both nodes at work", lambda: {2, 3} <= ray.writers(out).keys(), timeout_s=WITHIN_S)
     for number in (2, 3):
         # What the first killed one held goes to the other, and what that one holds to the first, which runs again.
-        wait_for(lambda number=number: number in ray.writers(out), f"node {number} at work", WITHIN_S)  # type: ignore[misc]
+        wait_until(f"node {number} at work", lambda number=number: number in ray.writers(out), timeout_s=WITHIN_S)  # type: ignore[misc]
         ray.kill_node(number)
         assert driver.poll() is None
         ray.start_node(number)
@@ -167,7 +168,7 @@ def test_a_second_driver_resumes_what_a_killed_one_left(ray: Ray, bundle: Path, 
     out = tmp_path / "there"
     driver = ray.begin_run(bundle, long, out)
     ledger = out / ".outstation-run.part"
-    wait_for(lambda: ledger.exists() and ledger.stat().st_size > 0, "a file that is done", WITHIN_S)
+    wait_until("a file that is done", lambda: ledger.exists() and ledger.stat().st_size > 0, timeout_s=WITHIN_S)
     driver.kill()
     assert ended(driver)[0] == -signal.SIGKILL
     done = [path for path in out.iterdir() if path.suffix == ".parquet"]
@@ -253,7 +254,9 @@ def test_a_lost_cluster_is_reported_and_the_next_one_resumes(
     out = tmp_path / "there"
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, cluster(Path(folder)) as ray:
         driver = ray.begin_run(bundle, long, out)
-        wait_for(lambda: any(out.glob("*.parquet")) and bool(ray.writers(out)), "a file that is done", WITHIN_S)
+        wait_until(
+            "a file that is done", lambda: any(out.glob("*.parquet")) and bool(ray.writers(out)), timeout_s=WITHIN_S
+        )
         for end in [ray.kill_head] if lost == "head" else [partial(ray.kill_node, node) for node in (2, 3)]:
             end()
         code, message = ended(driver)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from agent.fleet.drift import polled_alerts
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
@@ -492,13 +493,6 @@ def publish(link: Link, messages: list[OutgoingMessage], received: list[Incoming
         assert time.monotonic() < deadline, "the broker does not take the messages"
 
 
-def eventually(done: Callable[[], bool], within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
 def test_a_collector_started_before_its_broker_waits_and_then_collects(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -512,9 +506,9 @@ def test_a_collector_started_before_its_broker_waits_and_then_collects(
         time.sleep(0.3)
         with broker:
             link = Link(BrokerConfig(url=broker.url), "pi-07")
-            eventually(lambda: collector._link is not None)
+            wait_until("a connection", lambda: collector._link is not None)
             publish(link, [sender.results().to_outgoing()], [])
-            eventually(lambda: collector.stored_count == 1)
+            wait_until("the message is stored", lambda: collector.stored_count == 1)
             link.close()
             collector.stop()
             done.wait(60)
@@ -551,7 +545,7 @@ def test_killed_three_times_in_the_stream_every_message_is_stored_once(tmp_path:
     store = FleetStore(Path(config.fleet.db))
     sender = enrolled(store)
     store.close()
-    log = [sender.results() for _ in range(800)] + [sender.health_with_cursor()]
+    log = [sender.results() for _ in range(300)] + [sender.health_with_cursor()]
     stop = threading.Event()
 
     def play() -> None:
@@ -575,25 +569,23 @@ def test_killed_three_times_in_the_stream_every_message_is_stored_once(tmp_path:
     try:
         for _ in range(3):
             process = collecting(tmp_path)
-            eventually(lambda: stored(config) > killed_at[-1] + 20)
+            wait_until("more is stored", lambda: stored(config) > killed_at[-1] + 20)
             os.kill(process.pid, signal.SIGKILL)
             process.wait(60)
             killed_at.append(stored(config))
         process = collecting(tmp_path)
-        device.join(60)
-        finished = not device.is_alive()
+        wait_until(f"all is stored; see {tmp_path}/collector.log", lambda: not device.is_alive())
     finally:
         stop.set()
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
         device.join(60)
-    assert finished, (tmp_path / "collector.log").read_text()[-3000:]
     assert code == 0
     assert killed_at == sorted(set(killed_at)), "some kill was not in the stream"
     assert killed_at[-1] < len(log), "some kill was not in the stream"
     read = FleetStore(Path(config.fleet.db), read_only=True)
     report = audit(read)
     assert report.passed, report.to_dict()
-    assert (report.messages, report.gaps) == (801, [])
+    assert (report.messages, report.gaps) == (301, [])
     assert read.acknowledgement("pi-07", sender.log).missing == []
     read.close()

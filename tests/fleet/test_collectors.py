@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.players import Players
@@ -95,13 +96,6 @@ def end(*processes: subprocess.Popen[bytes]) -> list[int]:
     return [process.wait(60) for process in processes]
 
 
-def eventually(members: Callable[[], bool], within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not members():
-        assert time.monotonic() < deadline, "not within the time"
-        time.sleep(0.02)
-
-
 def require_whole(fleet: Fleet, players: Players) -> None:
     """Check that nothing is lost or duplicated, and that every acknowledged message is stored."""
     store = FleetStore(fleet.url, read_only=True)
@@ -127,24 +121,28 @@ def test_killed_and_restarted_collectors_lose_and_duplicate_nothing(
         connections = dict.fromkeys(names, 0)
         for killed in ("a", "b"):
             seen = players.acknowledged
-            eventually(lambda seen=seen: players.acknowledged > min(seen + 100, players.total - 300))  # type: ignore[misc]
+            enough = min(seen + 100, players.total - 300)
+            wait_until("more is acknowledged", lambda enough=enough: players.acknowledged > enough)  # type: ignore[misc]
             os.kill(processes[killed].pid, signal.SIGKILL)
             processes[killed].wait(60)
             assert not players.done, "the kill was not in the stream"
             connections[killed] = fleet.log(killed).count("connected")
             processes[killed] = fleet.collect(killed)
-        eventually(lambda: players.done)
+        wait_until("all is acknowledged", lambda: players.done)
         # One that only starts would die of SIGTERM.
-        eventually(lambda: all(fleet.log(name).count("connected") > n for name, n in connections.items()))
+        wait_until(
+            "both connect again",
+            lambda: all(fleet.log(name).count("connected") > n for name, n in connections.items()),
+        )
         assert end(*processes.values()) == [0] * len(names)
     require_whole(fleet, players)
 
 
 def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: MosquittoBroker) -> None:
     both = [fleet.collect(name) for name in ("a", "b")]
-    eventually(lambda: fleet.connected("a", "b"))
+    wait_until("a connection", lambda: fleet.connected("a", "b"))
     with Players(broker.url, fleet.senders, 10) as players:
-        eventually(lambda: players.done)
+        wait_until("all is acknowledged", lambda: players.done)
         assert end(*both) == [0, 0]
     require_whole(fleet, players)
     # Each message is new to exactly one collector.
@@ -157,7 +155,7 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
     sender = Link(BrokerConfig(url=broker.url), "device")
     for _ in range(4):
         sender.send(fleet.senders[0].health().to_outgoing())
-    eventually(lambda: sender.receive(0.1) == [])
+    wait_until("all receipts", lambda: sender.receive(0.1) == [])
     seen = 0
     while seen < 4:
         events = other.receive(10.0)
@@ -175,14 +173,14 @@ def test_a_killed_postgresql_server_loses_no_acknowledged_message(tmp_path: Path
     ):
         with Players(broker.url, fleet.senders, 80) as players:
             both = [fleet.collect(name) for name in ("a", "b")]
-            eventually(lambda: fleet.connected("a", "b"))
-            eventually(lambda: players.acknowledged > 50)
+            wait_until("a connection", lambda: fleet.connected("a", "b"))
+            wait_until("something is acknowledged", lambda: players.acknowledged > 50)
             fleet.store.close()
             server.kill()
             assert not players.done
             time.sleep(0.5)
             server.start()
-            eventually(lambda: players.done)
+            wait_until("all is acknowledged", lambda: players.done)
             assert end(*both) == [0, 0]
         assert "nothing is acknowledged" in fleet.log("a") + fleet.log("b")
         require_whole(fleet, players)
@@ -191,21 +189,21 @@ def test_a_killed_postgresql_server_loses_no_acknowledged_message(tmp_path: Path
 def test_what_a_dead_collector_left_is_taken_over_by_the_other_one(fleet: Fleet, broker: MosquittoBroker) -> None:
     with Players(broker.url, fleet.senders[:3], 30) as players:
         item, other = fleet.collect("a"), fleet.collect("b")
-        eventually(lambda: fleet.connected("a", "b"))
-        eventually(lambda: players.acknowledged > 10)
+        wait_until("a connection", lambda: fleet.connected("a", "b"))
+        wait_until("something is acknowledged", lambda: players.acknowledged > 10)
         item.kill()
         item.wait(60)
         # The broker keeps handing half of the messages to its session; devices send them again.
-        eventually(lambda: players.done)
+        wait_until("all is acknowledged", lambda: players.done)
         end(other)
     require_whole(fleet, players)
 
 
 def test_two_collectors_of_one_name_do_not_disconnect_each_other(fleet: Fleet) -> None:
     first = fleet.collect("a")
-    eventually(lambda: fleet.connected("a"))
+    wait_until("a connection", lambda: fleet.connected("a"))
     second = fleet.collect("a")
-    eventually(lambda: "named a is already running" in fleet.log("a"))
+    wait_until("the refusal", lambda: "named a is already running" in fleet.log("a"))
     assert end(second, first) == [0, 0]
     assert fleet.log("a").count("connected") == 1
 
@@ -231,7 +229,7 @@ def test_one_collector_has_the_duty_and_another_takes_it_over(
         return sum(item.is_leader for item in duties[1:])
 
     # The server notices the closed connection after a while.
-    eventually(lambda: having() == 1)
+    wait_until("one has the lock", lambda: having() == 1)
     assert having() == 1
     for store in stores[1:]:
         store.close()

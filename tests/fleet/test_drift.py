@@ -447,7 +447,7 @@ def test_an_empty_database_is_reported(folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "drift.svg"
     report = run("drift", "--dir", folder, "--plot", picture)
     assert report.exit_code == 0, report.exception
-    assert report.stdout.startswith("No drift window was collected")
+    assert report.stdout.startswith("No drift window was collected for this task, device and time: a device sends one")
     assert json.loads(run("drift", "--dir", folder, "--json").stdout) == {
         "duplicate_windows": 0,
         "unreadable_windows": 0,

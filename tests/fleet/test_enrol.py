@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from agent import clock
 from agent import config as device_config
+from agent.clock import ClockReading
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
@@ -583,3 +586,19 @@ def test_a_device_is_enrolled_where_only_public_keys_of_the_roles_are(folder: Pa
         (folder / f"{role}.key").unlink()
     loaded = device_config.load(let_in(config, folder, "pi-07").folder / "outstation.toml")
     assert [loaded.collector.key, *loaded.operators.keys] == public
+
+
+def test_nothing_is_made_or_enrolled_while_the_clock_is_not_set(tmp_path: Path) -> None:
+    unset = ClockReading(wall_us=120_000_000, boot_s=120.0, quality="unsynced")
+    with clock.simulated(lambda: unset, lambda: "boot"):
+        with pytest.raises(UsageError, match=r"the clock of this machine is not set, it is 1970-01-01: certificates"):
+            init_fleet(tmp_path / "acme", "acme", BrokerConfig(url="mqtt://127.0.0.1:1"))
+        assert not (tmp_path / "acme").exists()
+    config = init_fleet(tmp_path / "acme", "acme", BrokerConfig(url="mqtt://127.0.0.1:1"))
+    with (
+        contextlib.closing(FleetStore(config.fleet.db)) as store,
+        clock.simulated(lambda: unset, lambda: "boot"),
+    ):
+        with pytest.raises(UsageError, match="is not set"):
+            enrol(tmp_path / "acme", config, store, "pi-01", bundle=tmp_path / "pi-01.tar.gz")
+        assert store.enrolled_devices() == []

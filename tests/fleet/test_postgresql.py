@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -32,6 +31,7 @@ from agent.fleet.database.postgresql_rows import to_psycopg
 from agent.fleet.database.schema import MIGRATIONS
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from agent.testing.patience import wait_until
 from agent.wire import topics
 from tests.fleet.test_collector import Wire
 from tests.kit import fleet_rollouts
@@ -254,7 +254,7 @@ def test_a_conflicting_transaction_is_retried_and_counted(store: FleetStore, pos
             other.execute(touch, ("pi-b",))
             worker.start()
             with psycopg.connect(postgres_url, autocommit=True) as look:
-                until(lambda look=look: look.execute(waiting).fetchone() == (1,))  # type: ignore[misc]
+                wait_until("a transaction waits", lambda look=look: look.execute(waiting).fetchone() == (1,))  # type: ignore[misc]
             # A deadlock: each transaction waits for a row that the other one holds.
             other.execute(touch, ("pi-a",))
         worker.join(60)
@@ -477,13 +477,6 @@ def ask_once(url: str, sql: str) -> Any:
     [(result,)] = ask(store, sql)
     store.close()
     return result
-
-
-def until(members: Callable[[], bool], within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not members():
-        assert time.monotonic() < deadline, "not within the time"
-        time.sleep(0.01)
 
 
 def test_the_queries_of_the_document_run(store: FleetStore) -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -32,11 +31,11 @@ from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.enrolment.revocation import revoke_device
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
+from agent.testing.patience import wait_until
 from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from tests.kit.commands import call_outstation
 from tests.kit.enrolments import let_in, site
-from tests.kit.stations import wait_for
 
 NOW = "2026-01-01T00:00:00Z"
 
@@ -77,10 +76,7 @@ class Desk:
         """Send SIGHUP, and wait until the single-threaded broker handles it."""
         before = self.broker.log.read_text(encoding="utf-8").count("Reloading config")
         os.kill(self.broker.pid, signal.SIGHUP)
-        deadline = time.monotonic() + 20
-        while self.broker.log.read_text(encoding="utf-8").count("Reloading config") == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until("a reload", lambda: self.broker.log.read_text(encoding="utf-8").count("Reloading config") > before)
 
     def cli(self, *words: str) -> tuple[int, dict[str, Any]]:
         done = call_outstation("fleet", *words, "--dir", str(self.folder), "--json")
@@ -138,7 +134,7 @@ def test_a_broker_that_starts_and_does_not_catch_the_signal_yet_is_not_ended_by_
     program = "import time; open('/proc/self/comm', 'w').write('mosquitto'); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program]) as starting:
         comm = Path(f"/proc/{starting.pid}/comm")
-        wait_for(lambda: comm.read_text(encoding="utf-8") == "mosquitto\n", "the name of the process")
+        wait_until("the name of the process", lambda: comm.read_text(encoding="utf-8") == "mosquitto\n")
         (desk.folder / "broker" / broker_control.PID_FILE).write_text(f"{starting.pid}\n", encoding="ascii")
         assert not broker_control.reload(desk.folder)
         assert starting.poll() is None
@@ -378,8 +374,8 @@ def test_the_broker_does_not_start_without_the_list(desk: Desk) -> None:
     with contextlib.suppress(RuntimeError):
         desk.broker.start()
     output = "Unable to load certificate revocation file"
-    wait_for(lambda: output in desk.broker.log.read_text(errors="replace"), "the broker says why")
-    wait_for(lambda: not desk.broker.is_running, "and ends")
+    wait_until("the broker says why", lambda: output in desk.broker.log.read_text(errors="replace"))
+    wait_until("and ends", lambda: not desk.broker.is_running)
 
 
 def test_a_fleet_without_tls_revokes_keys_and_speaks_of_no_certificate(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FLEET
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, subscribe_anyway

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 from agent.testing.broker import free_port
-from tests.kit.stations import ROOT, wait_for
+from agent.testing.patience import wait_until
+from tests.kit.stations import ROOT
 
 WORKER = "ray::MapWorker"
 # Ray and its workers take seconds of CPU time to start, which is scarce on a busy machine.
@@ -101,7 +102,7 @@ class Ray:
         with path.open("w") as log:
             started = subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
         self._started.append(started)
-        wait_for(lambda: "Ray runtime started" in path.read_text(), f"{name} of Ray", WITHIN_S)
+        wait_until(f"{name} of Ray", lambda: "Ray runtime started" in path.read_text(), timeout_s=WITHIN_S)
         return psutil.Process(started.pid)
 
 

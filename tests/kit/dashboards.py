@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
+from agent.testing.patience import TIMEOUT_S, wait_until
 from agent.wire import keys
 
 PASSWORD = "correct horse battery"
@@ -172,9 +172,7 @@ def running(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        until = time.monotonic() + 20
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until("the server runs", lambda: server.started)
         yield ServedDashboard(folder, store, listening.getsockname()[1], dashboard)
     finally:
         server.should_exit = True
@@ -182,10 +180,16 @@ def running(
         listening.close()
 
 
-def wait_until_shown(dashboard: ServedDashboard, path: str, text: str, cookie: str = "", timeout_s: float = 30) -> str:
+def wait_until_shown(
+    dashboard: ServedDashboard, path: str, text: str, cookie: str = "", timeout_s: float = TIMEOUT_S
+) -> str:
     """Return the page once it contains `text`."""
-    until = time.monotonic() + timeout_s
-    while text not in (page := dashboard.get(path, cookie).text):
-        assert time.monotonic() < until, f"{text!r} is not on {path}: {page[:2000]}"
-        time.sleep(0.05)
+    page = ""
+
+    def is_shown() -> bool:
+        nonlocal page
+        page = dashboard.get(path, cookie).text
+        return text in page
+
+    wait_until(f"{text!r} on {path}", is_shown, timeout_s)
     return page

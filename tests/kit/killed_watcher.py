@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.kit.stations import ROOT, wait_for
+from agent.testing.patience import wait_until
+from tests.kit.stations import ROOT
 
 
 def kill_with_a_file_in_hand(command: Sequence[str], folder: Path, files: int, kills: int, rng: random.Random) -> int:
@@ -34,10 +35,10 @@ def kill_with_a_file_in_hand(command: Sequence[str], folder: Path, files: int, k
                 assert process.stdout is not None
                 assert process.stdout.readline() == b"ready\n"
                 if life < kills:
-                    wait_for(is_busy, "a file is taken")
+                    wait_until("a file is taken", is_busy)
                     time.sleep(rng.uniform(0.0, 0.08))
                 else:
-                    wait_for(is_done, "all files are taken")
+                    wait_until("all files are taken", is_done)
             finally:
                 process.kill()
         interrupted += any((folder / "taking").glob("*"))

@@ -14,10 +14,10 @@ from agent.model.activation import LoadedBundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.testing.patience import wait_until
 from agent.wire.messages import ShadowPayload
 from scripts.kit.bundles import Recipe
 from tests.kit.devices import NOW, Device
-from tests.kit.stations import wait_for
 
 
 class ShadowDevice:
@@ -29,7 +29,7 @@ class ShadowDevice:
         self.other, self.options = other, {"min_batches": 1, **options}
         self.observed: list[tuple[Any, InferenceResult]] = []
         self.runner = self.begin()
-        wait_for(self.model.poll_ready, "the other bundle has started")
+        wait_until("the other bundle has started", self.model.poll_ready)
 
     def begin(self) -> ShadowRunner:
         device = self.device
@@ -51,7 +51,7 @@ class ShadowDevice:
         for batch, answers in observed:
             self.runner.submit_batch(self.device.store, batch, answers)
         if wait:
-            wait_for(lambda: self.runner.poll(0.05), "it answered")
+            wait_until("it answered", lambda: self.runner.poll(0.05))
         self.turn(at_s)
         return observed[0][1] if observed else None
 

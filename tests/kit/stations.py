@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,13 +139,6 @@ def rows_of(store: Store, stream: str, definition: StreamConfig) -> Rows:
     assert batch is not None, f"stream {stream} has no rows"
     assert batch.loss_reason is None
     return batch.rows
-
-
-def wait_for(happened: Callable[[], bool], description: str, within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not happened():
-        assert time.monotonic() < deadline, f"not within {within_s:g} s: {description}"
-        time.sleep(0.01)
 
 
 _PROGRAM = """\

@@ -17,6 +17,7 @@ from agent.device.recovery.open import open_store
 from agent.device.rollout.fetch import version_floors as floors
 from agent.device.rollout.fetch.fetcher import WORKER_COMMAND, FetchedBundle, Fetcher, FetchFailure
 from agent.device.rollout.fetch.version_floors import VersionFloors
+from agent.testing.patience import wait_until
 from agent.wire.desired_state import DesiredBundle
 from tests.kit.stations import STREAMS
 
@@ -79,11 +80,15 @@ class Updating:
         return self.result(within_s)
 
     def result(self, within_s: float = PATIENCE_S) -> FetchedBundle | FetchFailure:
-        deadline = time.monotonic() + within_s
-        while (result := self.fetcher.poll(self.now())) is None:
-            assert time.monotonic() < deadline, f"no answer within {within_s:g} s"
-            time.sleep(0.01)
-        return result
+        results: list[FetchedBundle | FetchFailure | None] = [None]
+
+        def is_over() -> bool:
+            results[0] = self.fetcher.poll(self.now())
+            return results[0] is not None
+
+        wait_until("the end of the fetch", is_over, within_s)
+        assert results[0] is not None
+        return results[0]
 
     def must_fetch(self, wanted: DesiredBundle) -> FetchedBundle:
         result = self.fetch(wanted)

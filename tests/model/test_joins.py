@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from agent.authoring import pack
+from agent.cli.model.group import model as command
 from agent.datasets import joined_rows
 from agent.errors import BadBundle, UsageError
 from agent.evaluation.predict.run import BatchPredictor
@@ -21,7 +23,7 @@ from agent.model.inference import joins, runtime
 from agent.model.inference.inference import Inference
 from agent.model.inference.joins import JoinedRows
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
-from scripts.kit.bundles import KEY, WINDOW, WINDOWED, waves, write_csv, write_joined_spec
+from scripts.kit.bundles import KEY, LABELS, WINDOW, WINDOWED, model, waves, write_csv, write_joined_spec
 from tests.kit.evaluations import evaluated
 
 
@@ -194,3 +196,57 @@ def test_a_join_over_the_rows_that_a_message_names_gives_the_same_values(period_
         used, whole = joins.find_used_range(spec, t, ends), joins.take_rows(spec, rows, ends)
         part = slice(0, 0) if used is None else slice(used[0], used[1] + 1)
         np.testing.assert_array_equal(joins.take_rows(spec, JoinedRows(rows.values[part], t[part]), ends), whole)
+
+
+@pytest.fixture
+def joined_bundle(tmp_path: Path) -> Path:
+    pack.write_bundle(pack.pack(write_joined_spec(tmp_path), KEY), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_labels_of_further_outputs_are_texts_in_parquet(joined_bundle: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    options = ("--join", f"weather={tmp_path / 'weather.csv'}", "-o")
+    for name in ("out.parquet", "out.csv"):
+        arguments = ["run", joined_bundle, tmp_path / "reference.csv", *options, tmp_path / name]
+        assert CliRunner().invoke(command, [str(each) for each in arguments]).exit_code == 0
+    with (tmp_path / "out.csv").open() as file:
+        expected = [row["label_flags"].removeprefix("'") for row in csv.DictReader(file)]
+    assert parquet.read_table(tmp_path / "out.parquet")["label_flags"].to_pylist() == expected != []
+
+
+def test_the_file_of_a_further_input_is_not_overwritten(joined_bundle: Path, tmp_path: Path) -> None:
+    weather, data = tmp_path / "weather.csv", tmp_path / "reference.csv"
+    before = weather.read_bytes()
+    join = ["--join", f"weather={weather}"]
+    for rest in (["run", "-o", weather], ["evaluate", "--html", weather], ["evaluate", "--html", data]):
+        result = CliRunner().invoke(command, [str(each) for each in (*rest, joined_bundle, data, *join)])
+        assert isinstance(result.exception, UsageError)
+        assert "overwr" in str(result.exception)
+    assert weather.read_bytes() == before
+
+
+def test_the_float_model_of_a_model_with_a_signature_is_compared(joined_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "float.tflite").write_bytes(model("joined_float32"))
+    head, *rows = (tmp_path / "reference.csv").read_text().splitlines()
+    rows = [f"{row},{LABELS[i // 40 % 3]}" for i, row in enumerate(rows)]
+    (tmp_path / "labelled.csv").write_text("\n".join([f"{head},label", *rows]) + "\n")
+    options: dict[str, Any] = {"joined": {"weather": tmp_path / "weather.csv"}}
+    report = evaluated(joined_bundle, tmp_path / "labelled.csv", float_model=tmp_path / "float.tflite", **options)
+    assert report.float_comparison is not None
+    assert report.float_comparison.max_output_difference < 0.5
+
+
+def test_a_reference_takes_the_rows_of_further_inputs_from_the_spec_or_a_file(
+    joined_bundle: Path, tmp_path: Path
+) -> None:
+    spec, data, out = tmp_path / "bundle.toml", tmp_path / "reference.csv", tmp_path / "made.json"
+    sources = (["--spec", spec], ["--bundle", joined_bundle, "--join", f"weather={tmp_path / 'weather.csv'}"])
+    for source in sources:
+        result = CliRunner().invoke(command, ["reference", *map(str, (data, *source, "-o", out))])
+        assert result.exit_code == 0, result.output
+        assert out.read_bytes() == (joined_bundle / "reference.json").read_bytes()
+    before = spec.read_bytes()
+    result = CliRunner().invoke(command, ["reference", *map(str, (data, "--spec", spec, "-o", spec))])
+    assert "would overwrite it" in str(result.exception)
+    assert spec.read_bytes() == before

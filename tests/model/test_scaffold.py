@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agent.authoring import pack, scaffold
 from agent.cli.model.group import model as command
+from agent.datasets import training_data
 from agent.datasets.training_data import ColumnScale, TableSummary
 from agent.errors import OutstationError
 from agent.model import activation
@@ -187,6 +188,23 @@ def test_the_kind_is_guessed_and_the_spec_packs_as_it_is(
     message = tomllib.loads((tmp_path / "spec.toml").read_text())
     assert message["output"].items() >= more.items()
     assert run("pack", tmp_path / "spec.toml", "-o", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "driving"), [(("a", "b"), 0), (("a", "b", "c", "label_wear"), 1), ((*"abcd", "label_wear"), 1)]
+)
+def test_the_input_that_the_data_are_for_drives_the_task(
+    tmp_path: Path, columns: tuple[str, ...], driving: int
+) -> None:
+    write_csv(tmp_path / "data.csv", columns, np.ones((5, len(columns)), np.float32))
+    table = training_data.summarize_table(tmp_path / "data.csv")
+    tensors = [Tensor("slow", (4, 2), 0, "float32", None), Tensor("fast", (50, 3), 0, "float32", None)]
+    unit = OutputStats(0.1, 0.9, (0.1, 0.9), (0.1, 0.9))
+    inspection = ModelInspection(tensors, [Tensor("y", (1,), 0, "float32", None)], [unit])
+    spec = tomllib.loads(scaffold.render_spec(inspection, "model.tflite", "rig", table))
+    assert spec["input"]["tensor"] == driving
+    assert (spec["input"]["fields"] == [*columns[:3]]) == (len(columns) != 5)
+    assert [each["tensor"] for each in spec["inputs"].values()] == [1 - driving]
 
 
 def looks(outputs: int, answers: OutputStats, limits: tuple[float, float] | None = None) -> str:

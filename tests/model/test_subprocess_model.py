@@ -23,9 +23,9 @@ from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference, runtime
 from agent.model.sandbox import launch
 from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.testing.patience import wait_until
 from scripts.kit.bundles import CLASSIFY, around, model, readings
 from tests.kit.marks import crashing
-from tests.kit.stations import wait_for
 
 pytestmark = pytest.mark.exec
 
@@ -140,7 +140,7 @@ def test_a_killed_process_is_a_crash_and_its_successor_answers() -> None:
         expected = there.invoke(CALM)
         assert there.pid is not None
         os.kill(there.pid, signal.SIGKILL)
-        wait_for(lambda: not there.is_running, "the process is gone")
+        wait_until("the process is gone", lambda: not there.is_running)
         assert np.array_equal(there.invoke(CALM), expected)
 
 
@@ -173,7 +173,7 @@ def test_a_process_that_hangs_dies_with_its_parent() -> None:
         pid = int(parent.stdout.readline())
         assert not has_ended(pid)
         parent.kill()
-    wait_for(lambda: has_ended(pid), "the child went with its parent")
+    wait_until("the child went with its parent", lambda: has_ended(pid))
 
 
 NOISY = "import os, sys; [os.write(2, b'x' * 65536) for _ in range(200)]; sys.exit(3)"
@@ -233,7 +233,7 @@ def test_the_caller_does_not_wait_for_the_start(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_caller_that_does_not_wait_polls_later() -> None:
     with SubprocessModel(tiny()) as there:
-        wait_for(there.poll_ready, "it has started")
+        wait_until("it has started", there.poll_ready)
         request = there.submit(CALM)
         answers: list[np.ndarray | None] = []
 
@@ -241,7 +241,7 @@ def test_a_caller_that_does_not_wait_polls_later() -> None:
             answers.append(there.poll(request))
             return answers[-1] is not None
 
-        wait_for(answered, "it has answered")
+        wait_until("it has answered", answered)
         assert answers[-1] is not None
         assert np.array_equal(answers[-1], runtime.TfliteModel(model("classify_int8")).invoke(CALM))
         assert there.poll_ready()
@@ -249,11 +249,11 @@ def test_a_caller_that_does_not_wait_polls_later() -> None:
 
 def test_an_unanswered_request_fails_at_its_timeout() -> None:
     with SubprocessModel(tiny("rigged_hang"), call_timeout_s=0.5) as there:
-        wait_for(there.poll_ready, "it has started")
+        wait_until("it has started", there.poll_ready)
         request = there.submit(WILD)
         assert there.poll(request) is None
         with pytest.raises(ModelProcessFailed, match=r"did not answer within 0\.5 s"):
-            wait_for(lambda: there.poll(request, 0.05) is not None, "it is ended")
+            wait_until("it is ended", lambda: there.poll(request, 0.05) is not None)
         assert not there.is_running
 
 

@@ -21,6 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from agent.notify.notifier import Notifier
 from agent.testing.broker import free_port
 
 
@@ -36,7 +37,7 @@ class HookServer:
         self.posts: list[Post] = []
         self.status, self.hang_s, self.drip, self.headers = 200, 0.0, False, dict[str, str]()
         # Called with each post before the answer.
-        self.on_post: Callable[[Post], None] = lambda _: None
+        self.on_post: Callable[[Post], object] = lambda _: None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,6 +69,11 @@ class HookServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def is_idle(notifier: Notifier) -> bool:
+    """Return True if no target is being sent to, or an outcome waits for the next turn."""
+    return not any(worker.is_busy for worker in notifier._workers.values()) or not notifier._outcomes.empty()
 
 
 class Mailbox:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.testing.broker import MosquittoBroker
-from agent.testing.process import TIMEOUT_S
+from agent.testing.patience import TIMEOUT_S
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from scripts.faults import proxy

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from scripts.faults import launch
 from scripts.faults.on_update import _STEPS
 from scripts.faults.updating import OTHER, TASK, _allowed_bundles_after

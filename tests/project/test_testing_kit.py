@@ -12,7 +12,8 @@ from agent.config import BrokerConfig
 from agent.testing.broker import MosquittoBroker
 from agent.testing.fleet import LocalFleet
 from agent.testing.messages import MessageSender
-from agent.testing.process import MissingProgram, find_program, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import MissingProgram, find_program
 from agent.testing.simulation.lossy_link import LossyBroker
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage

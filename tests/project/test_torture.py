@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from agent.device.machine import secret_file
 from agent.fleet.database.ingest import Arrival
 from agent.testing.messages import TIME, MessageSender, SignedMessage
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.wire.keys import load_private
 from scripts import faults
 from scripts.faults import Fault

@@ -17,7 +17,8 @@ import pytest
 from agent.config import BrokerConfig
 from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet, field_tables
 from agent.testing.messages import MessageSender
-from agent.testing.process import find_program, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import find_program
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import digest

@@ -175,7 +175,7 @@ def _fleet_wide_document(drift: FleetWideDrift) -> dict[str, Any]:
 def format_lines(document: dict[str, Any]) -> Iterable[str]:
     """Yield the report in lines for a person; headings are bold."""
     if not document["tasks"]:
-        yield "No drift window was collected: a device sends one after about 20 model windows."
+        yield "No drift window was collected for this task, device and time: a device sends one after 20 model windows."
     for group in document["tasks"]:
         yield from _format_group(group)
     if document["unreadable_windows"]:

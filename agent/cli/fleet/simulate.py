@@ -87,7 +87,8 @@ def simulate(**given: Any) -> None:
     --scenario runs the real code of all devices in this process, on a virtual clock and a broker in memory: faults of
     sensors, networks, clocks, power and disks, labels, and roll-outs. The report says what was found, when and by whom.
     The same seed gives the same messages, byte for byte, unless they go over --broker. Exit 1 if an event was missed,
-    there were more false alarms than the scenario's budget, a roll-out ended otherwise, or the audit fails.
+    there were more false alarms than the scenario's budget, a roll-out ended otherwise, all rows of a stream or all
+    labels of a task were rejected, or the audit fails.
     """
     started_s = time.monotonic()
     exit_on_signals()

@@ -110,6 +110,12 @@ def evaluate(
     _check_request(request, engine)
     chosen_gate = gate.read_gate(required)
     _check_files(html, folder, about, junit, has_requirements=bool(chosen_gate.requirements or against))
+    inputs = [
+        *filter(None, (data, request.train, request.float_model, about, bundle, against)),
+        *request.joined.values(),
+    ]
+    for path in filter(None, (html, junit, folder and folder / "MODEL_CARD.md")):
+        require_writable(path, inputs)
     texts = cards.read_texts(about) if about else cards.CardTexts()
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
@@ -147,13 +153,11 @@ def _check_request(request: EvaluationRequest, engine: str) -> None:
 def _check_files(
     html: Path | None, folder: Path | None, about: Path | None, junit: Path | None, *, has_requirements: bool
 ) -> None:
-    """Raise UsageError for files that have no use or cannot be written, before work that may take minutes."""
+    """Raise UsageError for files that have no use."""
     if about is not None and folder is None:
         raise UsageError("--about is for the cards; name their folder with --card")
     if junit is not None and not has_requirements:
         raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
-    for path in filter(None, (html, junit, folder and folder / "MODEL_CARD.md")):
-        require_writable(path)
 
 
 def _write_files(

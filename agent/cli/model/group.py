@@ -16,9 +16,9 @@ from agent.cli.groups import SentenceGroup
 from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.features import features_command
-from agent.cli.model.run import run
+from agent.cli.model.run import join_option, run
 from agent.cli.options import PATH, json_option, require_clean_option
-from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit
+from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit, require_writable
 from agent.errors import BadBundle, UsageError, explain
 from agent.text import pluralize, printable
 from agent.wire import keys
@@ -129,15 +129,20 @@ def _training_lines(training: list[CheckedData]) -> Iterator[str]:
 @click.argument("data", type=PATH)
 @click.option("--bundle", type=PATH, help="Bundle whose model the reference is for.")
 @click.option("--spec", type=PATH, help="SPEC whose model the reference is for.")
+@join_option
 @click.option("-o", "--out", required=True, type=PATH, help="File to write.")
 @json_option
-def make_reference(data: Path, bundle: Path | None, spec: Path | None, out: Path, as_json: bool) -> None:
+def make_reference(
+    data: Path, bundle: Path | None, spec: Path | None, joined: dict[str, Path], out: Path, as_json: bool
+) -> None:
     """Make a drift reference from DATA without drift, in the order they were recorded."""
     from agent.authoring import pack as packing
 
     if (bundle is None) == (spec is None):
         raise UsageError("give one of --bundle and --spec: a reference is made for a model")
-    reference = packing.build_reference(data, *_load_model(bundle, spec))
+    require_writable(out, [*filter(None, (data, bundle, spec)), *joined.values()])
+    model, draft, own = _load_model(bundle, spec)
+    reference = packing.build_reference(data, model, draft, {**own, **joined})
     try:
         out.write_bytes(reference.to_json())
     except OSError as error:
@@ -148,7 +153,8 @@ def make_reference(data: Path, bundle: Path | None, spec: Path | None, out: Path
     emit(document, as_json, lambda: echo(text))
 
 
-def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Manifest]:
+def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Manifest, dict[str, Path]]:
+    """Return the model, its manifest, and the files of further inputs that a SPEC names."""
     from agent.authoring import spec as specs
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
@@ -158,12 +164,13 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
     if bundle is not None:
         loaded = bundles.read(builtin.resolve_path(bundle), None)
         probe.probe(loaded).raise_for_failure()
-        return runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest
+        return runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest, {}
     assert spec is not None
     settings = specs.read(spec)
     file = spec.parent / settings.model
     draft = specs.to_manifest(spec, settings)
-    return runtime.load_model(draft, input_files.read_input(file)), draft
+    own = {name: spec.parent / each.data for name, each in settings.inputs.items() if each.data}
+    return runtime.load_model(draft, input_files.read_input(file)), draft, own
 
 
 @model.command(epilog="Example: outstation model sign exercise --sign-with publisher.key")

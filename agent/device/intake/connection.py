@@ -34,6 +34,7 @@ _READ_BYTES = 1 << 16
 # A single line costs twenty times as much as a line among others. Rows wait much longer for a commit anyway.
 _SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
 # Frames of this size cost less: more are handled together. A small one costs as much as a line if it is rejected.
+# Noise after a large frame delays the others by up to a second, once.
 _FRAMES_READ_BYTES, _LARGE_FRAME_BYTES = 4 * _READ_BYTES, 1024
 # Time that a producer which has closed its side has to read its last answers.
 _FLUSH_S = 3.0

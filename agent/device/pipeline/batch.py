@@ -1,8 +1,8 @@
 """Batch: one run of a task over the rows that wait for it: read, compute, commit.
 
 A batch reads rows and their history, computes results, drift windows and all messages without touching the store, and
-commits cursor, drift state, stored predictions and messages in one transaction. Of a backlog, the model's process
-computes the next batch meanwhile.
+commits cursor, drift state, stored predictions and messages in one transaction. While the model's process computes, the
+rows are committed to and measured for drift. Of a backlog, it computes the next batch meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state, label_metrics
+from agent.device.pipeline.batch_messages import RowCommitments
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask, StartedBatch
 from agent.device.rules import batch_rules, rule_store
@@ -33,6 +34,7 @@ from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import Store
 from agent.drift.baseline import modes
 from agent.drift.baseline.modes import Modes
+from agent.drift.batches import MeasuredWindows
 from agent.drift.state import DriftState, DriftWindowResult
 from agent.errors import StorageFull
 from agent.model.inference import features, scores
@@ -66,7 +68,8 @@ class _BatchInput(msgspec.Struct, frozen=True, eq=False):
     features: Float32s
     modes: Modes | None
     slices: Mapping[str, Sequence[str]]
-    texts: Mapping[str, Sequence[str]]
+    commitments: RowCommitments
+    measured: MeasuredWindows | None
     current_segment: tuple[int, int] | None
     refusals: LearningRefusals
     rule_states: TaskRuleStates
@@ -140,12 +143,13 @@ def _run_once(
             cut = WindowCut(cut.starts, len(batch.t), cut.joined)
         started = msgspec.structs.replace(_prepare(task, store, batch, cut).start(task), joined=joined)
     following_batch = _prepare_next(task, store, started, max_rows)
+    commitments, measured = _commit_rows(task, store, message_log, started), _measure(task, started)
     with task.crash_guard():
         results = task.inference.finish(started.run, started.cut)
     if following_batch is not None:
         task.started = following_batch.start(task)
     batch, cut = started.batch, started.cut
-    source = _read(task, store, message_log, started)
+    source = _read(task, store, message_log, started, commitments, measured)
     if task.batch_observer is not None:
         task.batch_observer.before_commit(task, results)
     output = _compute(task, source, results, message_log)
@@ -217,7 +221,34 @@ def _take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> 
     return None if is_lost else started
 
 
-def _read(task: LoadedTask, store: Store, message_log: MessageLog, started: StartedBatch) -> _BatchInput:
+def _commit_rows(task: LoadedTask, store: Store, message_log: MessageLog, started: StartedBatch) -> RowCommitments:
+    """Commit to the rows of the batch while the model computes, if their results will probably fit into one message."""
+    stream = task.config.stream
+    texts = {f.name: store.categories(stream, f.name) for f in task.stream.fields if f.type == "category"}
+    commitments = RowCommitments(task, started.batch, texts, message_log)
+    if len(started.cut.starts) <= task.results_per_message:
+        commitments.commit(0, started.cut.consumed)
+    return commitments
+
+
+def _measure(task: LoadedTask, started: StartedBatch) -> MeasuredWindows | None:
+    """Measure the drift windows of the batch while the model computes."""
+    if task.drift_monitor is None or task.drift_state is None:
+        return None
+    batch = started.batch
+    return task.drift_monitor.measure_batch(
+        task.drift_state, started.features, started.cut.starts, first_row=batch.first, t=batch.t
+    )
+
+
+def _read(
+    task: LoadedTask,
+    store: Store,
+    message_log: MessageLog,
+    started: StartedBatch,
+    commitments: RowCommitments,
+    measured: MeasuredWindows | None,
+) -> _BatchInput:
     batch, cut = started.batch, started.cut
     announced = store.query(lambda db: ClockSegments(db, store.boot).last_announced_key())
     state = task.drift_state
@@ -228,7 +259,8 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, started: Star
         started.features,
         _read_modes(task, store, batch, cut),
         _read_slices(task, store, batch, cut) if task.keep_results else {},
-        {f.name: store.categories(task.config.stream, f.name) for f in task.stream.fields if f.type == "category"},
+        commitments,
+        measured,
         announced if announced[0] == message_log.boot else None,
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
         rule_store.load(store, task.name) if task.rules else TaskRuleStates(),
@@ -292,7 +324,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         source.batch,
         results,
         labels,
-        source.texts,
+        source.commitments,
         message_log,
         source.current_segment,
         batch_messages.find_faulty_fields((task.drift_state, drift), windows),
@@ -398,6 +430,7 @@ def _update_drift(
         modes=source.modes,
         answers=model_scores.further_answers if task.drift_monitor.shipped.further else None,
         error_bins=error_bins,
+        measured=source.measured,
     )
 
 

@@ -22,7 +22,7 @@ from agent.device.rules.batch_rules import ResultAlert
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.row_batch import RowBatch
-from agent.device.store.rows import Rows, commit
+from agent.device.store.rows import commit
 from agent.drift.state import DriftState, DriftWindowResult, QuietRun
 from agent.kernel import library
 from agent.model.inference.inference import InferenceResult
@@ -41,12 +41,31 @@ _MAX_FAULTS = 64
 _NOT_JOINED: Mapping[str, JoinedRange] = {}
 
 
+class RowCommitments:
+    """Commitments to rows of a batch; each is computed once. `texts`: those of category codes, by field."""
+
+    def __init__(
+        self, task: LoadedTask, batch: RowBatch, texts: Mapping[str, Sequence[str]], message_log: MessageLog
+    ) -> None:
+        self._task, self._batch, self._texts, self._log = task, batch, texts, message_log
+        self._known: dict[tuple[int, int], str] = {}
+
+    def commit(self, start: int, stop: int) -> str:
+        """Return the commitment to the rows from offset `start` to before `stop`."""
+        if (start, stop) not in self._known:
+            rows = self._batch.first + start, self._batch.first + stop - 1
+            key = commitment.derive_key(self._log.secret, self._log.log_id, self._task.name, rows)
+            parts = self._batch.slice_parts(start, stop)
+            self._known[start, stop] = commit(parts, key, self._task.stream.fields, self._texts)
+        return self._known[start, stop]
+
+
 def build_result_messages(
     task: LoadedTask,
     batch: RowBatch,
     results: InferenceResult,
     labels: Labels | None,
-    texts: Mapping[str, Sequence[str]],
+    commitments: RowCommitments,
     message_log: MessageLog,
     current_segment: tuple[int, int] | None,
     faulty: Sequence[str] = (),
@@ -56,8 +75,7 @@ def build_result_messages(
     """Return the messages that together cover the consumed rows, each as long as the log takes.
 
     Each has the `alerts` that its results raised or cleared behind it. `faulty` are the fields with a sensor fault
-    meanwhile. `texts` holds the texts of category codes by field. `joined` are the rows that each further input was
-    joined from.
+    meanwhile. `joined` are the rows that each further input was joined from.
     `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
     """
     cut, model_scores = results.cut, results.scores
@@ -73,6 +91,7 @@ def build_result_messages(
     max_bytes = message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES - _JOINED_BYTES * len(joined)
     max_results = columns.max_results(max_bytes, model_scores, labels, missing, *listed)
     first_row, count, done = 0, len(cut.starts), 0
+    task.results_per_message = max_results
     while True:
         stop = min(count, done + max_results)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
@@ -81,8 +100,7 @@ def build_result_messages(
         published_rows = ends[published] + batch.first
         listing = columns.build(model_scores, labels, missing, published, published_rows, batch.t[ends[published]])
         rows = [batch.first + first_row, batch.first + through - 1]
-        proof = _commit(task, message_log, (rows[0], rows[1]), batch.slice_parts(first_row, through), texts)
-        body = _result_body(task, rows, stop - done, proof, listing)
+        body = _result_body(task, rows, stop - done, commitments.commit(first_row, through), listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         if named:
@@ -189,17 +207,6 @@ def _quiet_columns(quiet: QuietRun) -> dict[str, Any]:
         "n": columns.encode_runs(quiet.row_counts),
         "nearest": quiet.nearest.tolist(),
     }
-
-
-def _commit(
-    task: LoadedTask,
-    message_log: MessageLog,
-    rows: tuple[int, int],
-    consumed: Sequence[Rows],
-    texts: Mapping[str, Sequence[str]],
-) -> str:
-    key = commitment.derive_key(message_log.secret, message_log.log_id, task.name, rows)
-    return commit(consumed, key, task.stream.fields, texts)
 
 
 def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class LoadedTask(msgspec.Struct, eq=False, dict=True):
     - `is_pipelined`: the model may compute the next batch while one is committed: not while a hot machine rests
     - `started`: the next batch, which the model computes already
     - `batch_divisor`: batches are this many times smaller, after one that found no room
+    - `results_per_message`: results that fit into one message, as of the last batch
     - `window_bytes`: planned bytes of a model window in a transaction: the most there may be, then as measured
     """
 
@@ -106,6 +107,7 @@ class LoadedTask(msgspec.Struct, eq=False, dict=True):
     joined_streams: Mapping[str, JoinedStream] = msgspec.field(default_factory=dict)
     samples: SampledTask | None = None
     batch_divisor: int = 1
+    results_per_message: int = 0
     is_pipelined: bool = True
     started: StartedBatch | None = None
 

@@ -16,6 +16,7 @@ from agent.drift.baseline import row_counts, window_statistics
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.resolution import SIZE_BINS
+from agent.drift.baseline.row_counts import RowCounts
 from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.window_statistics import WindowStatistics
@@ -154,20 +155,22 @@ def summarize_windows(
     error_bins: ErrorBins = NO_ERROR_BINS,
     before: Summary | None = None,
     tail: Tail | None = None,
+    counted: tuple[RowCounts, Tail] | None = None,
 ) -> tuple[Summary, Tail]:
     """Summarize W drift windows as a stack, and return the tail of the last one's rows, too.
 
     `rows` (W, n, F), n > 0, in physical units, NaN missing; intervals between them `spans` (W, …); W · w model windows
     with their statistics, the class that the model named, its score, and the class they are compared with; `answers`
     (W · w, P) of further outputs. The bin of the error to expect of each answer is written to the (W · w,) `error_bins`
-    of its output. A single window may go on: from `before`, a stack of one, and from the `tail` of its rows.
+    of its output. A single window may go on: from `before`, a stack of one, and from the `tail` of its rows. `counted`
+    is what `count_rows` returned for the rows, if they were counted before.
     """
     windows, count, width = len(rows), reference.class_count, stats.values.shape[1]
-    of_rows, tail = row_counts.count_rows(
+    of_rows, tail = counted or row_counts.count_rows(
         reference, rows, Tail.empty(rows.shape[2]) if tail is None else tail, before.row_sums if before else None
     )
     groups = row_counts.group_by_class(reference, windows, classes)
-    counted = row_counts.count_predictions(
+    predictions = row_counts.count_predictions(
         reference, windows, stats, predicted, top_scores, classes, groups, error_bins.get("")
     )
     summed = before.class_sums if before else GroupSums.zeros(windows, count, width)
@@ -184,14 +187,14 @@ def summarize_windows(
         steps=of_rows.steps,
         row_sums=of_rows.sums,
         class_sums=summed.reshape(windows, count, width),
-        output=counted.output,
-        scores=counted.scores,
-        detectors=counted.detectors,
+        output=predictions.output,
+        scores=predictions.scores,
+        detectors=predictions.detectors,
         sampling=SamplingIntervals()
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
         further=_count_further(reference, stats, answers, windows, error_bins),
-        errors=counted.errors,
+        errors=predictions.errors,
     )
     if before is not None:
         stack = replace(before.merge(stack), row_sums=stack.row_sums, class_sums=stack.class_sums)

@@ -142,8 +142,10 @@ class PartialOutput:
     def _schema(self) -> Any:
         pa = self._arrow
         kinds = {"row": pa.int64(), "label": pa.string(), FILE_COLUMN: pa.string()}
-        other = {True: pa.float32(), False: pa.float64()}
-        return pa.schema([(n, kinds.get(n, other[n.startswith("raw_")])) for n in self._columns.names])
+        # Of further outputs: label_NAME.
+        others = {"label": pa.string(), "raw": pa.float32()}
+        names = self._columns.names
+        return pa.schema([(n, kinds.get(n) or others.get(n.partition("_")[0], pa.float64())) for n in names])
 
 
 def open_locked(path: Path) -> BinaryIO:

@@ -88,17 +88,20 @@ class BatchPredictor:
         """Return a digest of everything that the output depends on."""
         spec = self.inference.manifest.input
         files = media.list_files(source, spec) if readers.is_media(spec) and source.is_dir() else [source]
-        files = [*files, *(file / source.name if file.is_dir() else file for file in self.joined.values())]
+        files = [*files, *self._joined_files(source)]
         stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
         parts = [str(source.resolve()), stats, self._digest, runtime_name(), self.raw]
         return hashlib.sha256(json.dumps([*parts, out.suffix, self._block_bytes]).encode()).hexdigest()
+
+    def _joined_files(self, source: Path) -> list[Path]:
+        return [file / source.name if file.is_dir() else file for file in self.joined.values()]
 
     def make_job(self, source: Path, out: Path) -> FileJob:
         return FileJob(source, out, self.identity(source, out))
 
     def predict_file(self, source: Path, out: Path, progress: Progress) -> RunTotals:
         """Write the predictions for all of `source` to `out`. Raises UsageError."""
-        if out.exists() and out.samefile(source):
+        if out.exists() and any(out.samefile(file) for file in (source, *self._joined_files(source)) if file.exists()):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
         reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
         joined = joined_rows.read(self.inference.manifest, source, self.joined)

@@ -130,9 +130,12 @@ def _check_unseen(view: DeviceView) -> Condition | None:
     if view.silence_s <= UNSEEN_LIMIT_S or view.watched_s <= silence_limit_s(HealthReport("").interval_s):
         return None
     enrolled = view.status.enrolled
+    since = f"on {enrolled[:10]} {enrolled[11:19]} UTC"
+    if clock.parse_rfc3339(enrolled) < clock.BUILD_FLOOR_US:
+        since = "by a machine whose clock was not set"
     summary = (
-        f"No valid message has arrived from {view.device} since it was enrolled on {enrolled[:10]} {enrolled[11:19]} "
-        "UTC. Run `outstation check` there, or `outstation fleet remove` if it is not to come."
+        f"No valid message has arrived from {view.device} since it was enrolled {since}. Run `outstation check` there, "
+        "or `outstation fleet remove` if it is not to come."
     )
     return Condition(DEVICE_SILENT, view.device, summary, "warning")
 

@@ -29,6 +29,7 @@ POLL_INTERVAL_S = 30.0
 # A longer pause between two turns: the collector was suspended, or had no broker or database.
 MAX_PAUSE_S = 30.0
 MAX_CLOCK_STEP_S = 5.0
+_MAX_STORED_AHEAD_US = 86_400_000_000
 CERTIFICATE_INTERVAL_S = 6 * 3600.0
 # From so many devices on, one clock that differs from most is more likely the collector's.
 MIN_CLOCKS = 3
@@ -132,8 +133,10 @@ class IncidentMonitor:
                 stored = device_status.load_health(db, status.device, status.log, conditions.BACKLOG_MESSAGES)
                 health = [report for each in stored if (report := conditions.parse_health(*each)) is not None]
         watched_s = now.boot_s - self._watching_since_s
-        seen_us = clock.parse_rfc3339(status.last_seen or status.enrolled)
-        return DeviceView(status, health, (now.wall_us - seen_us) / 1e6, watched_s)
+        silence_us = now.wall_us - clock.parse_rfc3339(status.last_seen or status.enrolled)
+        # A time that a collector without a set clock stored, or one whose clock was far ahead, tells nothing.
+        is_known = -_MAX_STORED_AHEAD_US <= silence_us <= now.wall_us - clock.BUILD_FLOOR_US
+        return DeviceView(status, health, silence_us / 1e6 if is_known else watched_s, watched_s)
 
     def _apply(self, findings: list[Findings], now: ClockReading) -> list[str]:
         """Raise what is new or worse, and clear the open alerts of each kind whose condition is over."""

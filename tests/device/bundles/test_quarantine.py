@@ -20,7 +20,7 @@ from agent.device.bundles.quarantine import CrashMarker, CrashRecord
 from agent.device.store import task_keys
 from agent.model.inference import runtime
 from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from tests.kit.bundle_devices import Device, version
 from tests.kit.operators import NOW
 from tests.kit.rollouts import with_trap

@@ -24,8 +24,9 @@ from agent.device.intake.connection import _READ_BYTES, ProducerConnection
 from agent.device.intake.listener import ConnectionTable, Refusal, User, load_token
 from agent.errors import UsageError
 from agent.testing.broker import free_port
+from agent.testing.patience import wait_until
 from tests.kit.marks import root_only
-from tests.kit.stations import ROOT, Killable, Line, Station, conf, wait_for
+from tests.kit.stations import ROOT, Killable, Line, Station, conf
 
 pytestmark = pytest.mark.attack("connections")
 
@@ -77,8 +78,8 @@ def test_refused_connections_leave_neither_memory_nor_log_lines(
         with socket.socket(socket.AF_UNIX) as attacker:
             attacker.connect(str(station.socket))
             attacker.sendall(b"GET / HTTP/1.1\r\n")
-    wait_for(lambda: station.intake.group_commit._counts["connections refused"] == 10, "the refusals")
-    wait_for(lambda: not station.intake._serve_tasks, "the ends of the connections")
+    wait_until("the refusals", lambda: station.intake.group_commit._counts["connections refused"] == 10)
+    wait_until("the ends of the connections", lambda: not station.intake._serve_tasks)
     gc.collect()
     assert not [item for item in gc.get_objects() if isinstance(item, ProducerConnection)]
     assert caplog.messages == []
@@ -166,7 +167,7 @@ def test_a_hundred_connections_of_one_line_each_share_a_few_commits(tmp_path: Pa
             with Line(station.socket) as connection:
                 connection.socket.sendall(line.replace(b"%d", b"%d" % n))
                 connection.hang_up()
-        wait_for(lambda: station.store.last_row("watch") == 100, "the rows")
+        wait_until("the rows", lambda: station.store.last_row("watch") == 100)
         assert station.commits <= 8 + 2 * ((time.monotonic() - began) / 2.0 + 1)
 
 
@@ -182,11 +183,11 @@ def test_a_lack_of_descriptors_delays_connections_and_is_counted(
             try:
                 late.connect(str(station.socket))
                 late.sendall(ONE_ROW)
-                wait_for(lambda: bool(station.intake.group_commit._counts["connections delayed"] > 1), "two tries")
+                wait_until("two tries", lambda: bool(station.intake.group_commit._counts["connections delayed"] > 1))
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, before)
             assert b'"accepted":1' in late.recv(4096)
-        wait_for(lambda: counter(station, "connections delayed") > 1, "the count")
+        wait_until("the count", lambda: counter(station, "connections delayed") > 1)
         assert [r.message for r in caplog.records if "accepted" in r.message] == [
             f"no new connection can be accepted: {os.strerror(errno.EMFILE)}; producers wait, the others go on"
         ]
@@ -244,10 +245,10 @@ def test_a_producer_that_hangs_up_and_never_reads_its_answers_takes_no_descripto
         # Answers of 40 times as many bytes: more than the kernel holds.
         line.socket.sendall(b"{\n" * 20_000)
         line.hang_up()
-        wait_for(lambda: any(c.held_bytes() for c in table._connections), "unread answers in the table")
+        wait_until("unread answers in the table", lambda: any(c.held_bytes() for c in table._connections))
         descriptors = len(os.listdir("/proc/self/fd"))
-        wait_for(lambda: not table._connections, "the end of the connection")
-        wait_for(lambda: len(os.listdir("/proc/self/fd")) < descriptors, "its descriptor")
+        wait_until("the end of the connection", lambda: not table._connections)
+        wait_until("its descriptor", lambda: len(os.listdir("/proc/self/fd")) < descriptors)
 
 
 # --- the token of TCP
@@ -304,7 +305,7 @@ def test_without_caps_eleven_hundred_idle_connections_all_stay(
     with Station(conf(tmp_path)) as station, contextlib.ExitStack() as flood:
         for _ in range(1100):
             flood.enter_context(Line(station.socket))
-        wait_for(lambda: len(station.intake._table._connections) == 1100, "1,100 open connections")
+        wait_until("1,100 open connections", lambda: len(station.intake._table._connections) == 1100)
         # With 1,024 descriptors, as a service has them, there was none left for the store.
         assert len(os.listdir("/proc/self/fd")) > 1024
 
@@ -352,5 +353,5 @@ def test_a_name_claimed_by_another_user_leaves_the_genuine_producer_alone(statio
         )
         genuine.send(ROW)
         assert genuine.answer()["through"] == 2
-    wait_for(lambda: station.intake._connections_by_client == {}, "the end of the genuine producer")
+    wait_until("the end of the genuine producer", lambda: station.intake._connections_by_client == {})
     assert claim().startswith('{"through":2')

@@ -26,7 +26,8 @@ from agent.config import Duration, FieldConfig, StreamConfig
 from agent.device.intake.listener import load_token
 from agent.performance.labels import LabelSchema, LabelTarget
 from agent.testing.broker import free_port
-from tests.kit.stations import ROOT, Killable, Line, Station, conf, wait_for
+from agent.testing.patience import wait_until
+from tests.kit.stations import ROOT, Killable, Line, Station, conf
 
 TARGETS = {"judge": LabelTarget("watch", {"": LabelSchema("classify", ("up", "down"))})}
 
@@ -160,7 +161,7 @@ def test_a_line_that_ends_with_a_reset_connection_is_counted(station: Station) -
     with station.line() as line:
         line.socket.sendall(row + b"\n" + row[:9])
         # Closed with the answer unread, the kernel resets the connection.
-        wait_for(lambda: station.store.last_row("machine") == 1, "the first line is stored")
+        wait_until("the first line is stored", lambda: station.store.last_row("machine") == 1)
     with station.line() as line:
 
         def is_counted() -> bool:
@@ -168,7 +169,7 @@ def test_a_line_that_ends_with_a_reset_connection_is_counted(station: Station) -
             line.answer()
             return station.store.counters().get("lines cut off") == 1
 
-        wait_for(is_counted, "the end of the broken connection is counted")
+        wait_until("the end of the broken connection is counted", is_counted)
 
 
 def test_a_whole_row_without_a_newline_counts_for_a_producer_that_cannot_come_back(station: Station) -> None:

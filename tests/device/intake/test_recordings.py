@@ -19,8 +19,9 @@ from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
 from agent.errors import ConfigError, UsageError
 from agent.model.sandbox import available_memory
+from agent.testing.patience import wait_until
 from tests.device.intake.test_sources import start
-from tests.kit.stations import Station, conf, wait_for
+from tests.kit.stations import Station, conf
 
 DAY, WEEK = 86_400, 7 * 86_400
 MAY = 1_367_391_600.0
@@ -61,7 +62,7 @@ def test_rows_of_a_file_with_times_keep_them_in_the_store(tmp_path: Path) -> Non
     source = ReplaySource(file=str(file), speed=1e7, rows=150, skip=20)
     made = conf(tmp_path / "data", weather=stream)
     with Station(made, sources=lambda s: [ReplayPlayer("weather", stream, source, s, start())]) as station:
-        wait_for(lambda: station.store.last_row("weather") == 150, "150 rows")
+        wait_until("150 rows", lambda: station.store.last_row("weather") == 150)
         rows = station.rows("weather")
     assert known.t is not None
     assert rows.columns[0].tolist() == list(range(20, 170))

@@ -29,7 +29,8 @@ from agent.device.recovery.open import open_store
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import ConfigError
-from tests.kit.stations import T0, Station, conf, wait_for
+from agent.testing.patience import wait_until
+from tests.kit.stations import T0, Station, conf
 
 FIELDS = [
     FieldConfig(name="n", type="f64"),
@@ -97,9 +98,9 @@ def test_json_lines_become_rows_and_wrong_ones_are_refused_with_a_reason(
     ]
     script = f"import time\nfor line in {lines!r}: print(line)\ntime.sleep(60)\n"
     with running(tmp_path, script) as station, caplog.at_level(logging.WARNING):
-        wait_for(lambda: station.store.last_row("sensor") == 3, "three rows")
+        wait_until("three rows", lambda: station.store.last_row("sensor") == 3)
         assert numbers(station) == [1, 2, 3]
-        wait_for(lambda: station.store.counters()["lines rejected"] == 10, "ten lines rejected")
+        wait_until("ten lines rejected", lambda: station.store.counters()["lines rejected"] == 10)
     assert "not stored" in caplog.text
 
 
@@ -107,7 +108,7 @@ def test_csv_lines_are_named_by_the_first_line_of_each_run(tmp_path: Path) -> No
     # The first line comes alone.
     script = f"import time\nprint('room,n,t')\ntime.sleep(0.2)\nfor i in range(3): print(f'attic,{{i}},{{{T0} + i}}')\n"
     with running(tmp_path, script, format="csv", every=Duration(1.0)) as station:
-        wait_for(lambda: station.store.last_row("sensor") >= 6, "two runs")
+        wait_until("two runs", lambda: station.store.last_row("sensor") >= 6)
         assert numbers(station)[:6] == [0, 1, 2, 0, 1, 2]
         assert counted(station, "program restarts")() == 0
 
@@ -117,7 +118,7 @@ def test_a_program_that_dies_at_once_is_started_again_ever_more_slowly_and_count
 ) -> None:
     script = "import sys, time\nprint('sensor \\x1b[2J gone', file=sys.stderr)\nsys.exit(3)\n"
     with caplog.at_level(logging.WARNING), running(tmp_path, script) as station:
-        wait_for(lambda: counted(station, "program restarts")() >= 3, "three restarts")
+        wait_until("three restarts", lambda: counted(station, "program restarts")() >= 3)
     assert "exit code 3; started again in 0.05 s" in caplog.text
     assert "started again in 0.2 s" in caplog.text
     assert "sensor \\x1b[2J gone" in caplog.text
@@ -132,17 +133,17 @@ def test_a_silent_program_is_killed_with_its_children_and_started_again(tmp_path
         "time.sleep(600)\n"
     )
     with running(tmp_path, script, timeout=Duration(0.5)) as station:
-        wait_for(lambda: counted(station, "program silent")() >= 1, "it is found silent")
-        wait_for(lambda: len((tmp_path / "pids").read_text().splitlines()) >= 2, "the second start")
+        wait_until("it is found silent", lambda: counted(station, "program silent")() >= 1)
+        wait_until("the second start", lambda: len((tmp_path / "pids").read_text().splitlines()) >= 2)
     for pid in map(int, (tmp_path / "pids").read_text().split()):
-        wait_for(partial(has_ended, pid), "the end of all its processes")
+        wait_until("the end of all its processes", partial(has_ended, pid))
 
 
 def test_a_program_that_floods_is_held_back_and_loses_no_row(tmp_path: Path) -> None:
     script = "import time\nfor i in range(600): print('{\"n\": %d}' % i)\ntime.sleep(60)\n"
     with running(tmp_path, script, max_rate=100.0) as station:
-        wait_for(lambda: counted(station, "program held back")() >= 1, "it is held back")
-        wait_for(lambda: station.store.last_row("sensor") == 600, "all rows")
+        wait_until("it is held back", lambda: counted(station, "program held back")() >= 1)
+        wait_until("all rows", lambda: station.store.last_row("sensor") == 600)
         assert numbers(station) == list(range(600))
 
 
@@ -155,7 +156,7 @@ def test_a_line_without_end_is_refused_without_taking_memory(tmp_path: Path, mon
         "time.sleep(60)\n"
     )
     with running(tmp_path, script) as station:
-        wait_for(lambda: station.store.last_row("sensor") == 1, "the row after it")
+        wait_until("the row after it", lambda: station.store.last_row("sensor") == 1)
         assert numbers(station) == [7]
         assert station.store.counters()["lines rejected"] == 1
 
@@ -174,7 +175,7 @@ def test_a_program_gets_no_privilege_and_nothing_of_the_daemons_environment(
         "time.sleep(60)\n"
     )
     with running(tmp_path, script):
-        wait_for((tmp_path / "seen").exists, "its report")
+        wait_until("its report", (tmp_path / "seen").exists)
     seen = json.loads((tmp_path / "seen").read_text())
     assert (seen["nnp"], seen["stdin"]) == ("1", "/dev/null")
     assert seen["files"] <= 4
@@ -190,7 +191,7 @@ def test_errors_are_logged_within_bounds(tmp_path: Path, caplog: pytest.LogCaptu
         "time.sleep(60)\n"
     )
     with caplog.at_level(logging.WARNING), running(tmp_path, script) as station:
-        wait_for(lambda: station.store.last_row("sensor") == 1, "its row")
+        wait_until("its row", lambda: station.store.last_row("sensor") == 1)
     assert sum(len(record.getMessage()) for record in caplog.records) < 20 * 400
     assert "e" * 200 in caplog.text
 
@@ -207,15 +208,15 @@ def test_of_a_stream_with_protected_fields_no_text_of_the_program_is_logged(
         "time.sleep(60)\n"
     )
     with caplog.at_level(logging.WARNING), running(tmp_path, script, privacy=StreamPrivacy(private=["n"])) as station:
-        wait_for(lambda: station.store.last_row("sensor") == 1, "the row")
-        wait_for(lambda: "error text is left out" in caplog.text, "its errors")
+        wait_until("the row", lambda: station.store.last_row("sensor") == 1)
+        wait_until("its errors", lambda: "error text is left out" in caplog.text)
     assert "71.3571" not in caplog.text
 
 
 def test_a_stop_ends_the_program_and_stores_what_it_printed(tmp_path: Path) -> None:
     script = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\nprint('{\"n\": 1}')\ntime.sleep(600)\n"
     with running(tmp_path, script) as station:
-        wait_for(lambda: station.store.last_row("sensor") == 1, "the row")
+        wait_until("the row", lambda: station.store.last_row("sensor") == 1)
         begin = time.monotonic()
     assert time.monotonic() - begin < 15
     assert has_ended(int((tmp_path / "pid").read_text()))
@@ -255,7 +256,7 @@ def test_what_a_held_back_program_has_printed_is_stored_when_the_daemon_stops(tm
     )
     with contextlib.closing(station.store):
         station.intake.start()
-        wait_for(lambda: (tmp_path / "done").exists(), "all is printed")
+        wait_until("all is printed", lambda: (tmp_path / "done").exists())
         station.intake.stop()
         assert numbers(station) == list(range(2000))
 

@@ -23,10 +23,11 @@ from agent.device.recovery.open import open_store
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
 from agent.testing.broker import MosquittoBroker
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from tests.kit.commands import call_outstation
-from tests.kit.stations import T0, Station, conf, rows_of, wait_for
+from tests.kit.stations import T0, Station, conf, rows_of
 
 FIELDS = [
     FieldConfig(name="temperature"),
@@ -94,7 +95,7 @@ def rows(station: Station) -> list[float]:
 def subscribed(station: Station) -> None:
     [source] = station.intake._sources
     assert isinstance(source, MqttSubscriber)
-    wait_for(lambda: source._link is not None, "the subscription")
+    wait_until("the subscription", lambda: source._link is not None)
 
 
 def test_values_are_taken_from_where_the_paths_lead_with_their_own_times(site: Callable[..., Site]) -> None:
@@ -104,7 +105,7 @@ def test_values_are_taken_from_where_the_paths_lead_with_their_own_times(site: C
         here.publish("site/cellar/climate", message_body(12.5, at=T0))
         here.publish("site/attic/climate", message_body(31, at=T0 + 1), {"data": {"temp": 32}, "at": T0 + 2})
         here.publish("site/attic/other", message_body(99, at=T0))
-        wait_for(lambda: station.store.last_row("room") == 3, "three rows")
+        wait_until("three rows", lambda: station.store.last_row("room") == 3)
         result = station.rows("room")
         assert result.t.tolist() == [round((T0 + i) * 1e6) for i in range(3)]
         assert rows(station) == [12.5, 31.0, 32.0]
@@ -120,13 +121,13 @@ def test_a_message_may_be_a_plain_number_or_many_rows(site: Callable[..., Site],
     with level.start() as station:
         subscribed(station)
         level.publish("tank/level", 1.5, [{"level": 9}])
-        wait_for(lambda: station.store.counters().get("lines rejected") == 1, "an object in place of a number")
+        wait_until("an object in place of a number", lambda: station.store.counters().get("lines rejected") == 1)
         assert rows(station) == [1.5]
     several = site([FieldConfig(name="level")], tmp_path / "several", topic="tank/all", paths={})
     with several.start() as station:
         subscribed(station)
         several.publish("tank/all", [{"level": 1}, {"level": 2}], {"level": 3})
-        wait_for(lambda: station.store.last_row("room") == 3, "three rows")
+        wait_until("three rows", lambda: station.store.last_row("room") == 3)
         assert rows(station) == [1.0, 2.0, 3.0]
 
 
@@ -151,13 +152,13 @@ def test_a_message_without_a_row_is_refused_counted_and_holds_up_nothing(
     with here.start() as station:
         subscribed(station)
         here.publish("site/cellar/climate", bad, message_body(20.5, at=T0))
-        wait_for(lambda: station.store.last_row("room") == 1, "the row after it")
+        wait_until("the row after it", lambda: station.store.last_row("room") == 1)
         assert station.store.counters()["lines rejected"] == 1
-        wait_for(lambda: "site/cellar/climate: not stored: " in caplog.text, "the complaint")
+        wait_until("the complaint", lambda: "site/cellar/climate: not stored: " in caplog.text)
     with here.start() as station:
         subscribed(station)
         here.publish("site/cellar/climate", message_body(21.5, at=T0))
-        wait_for(lambda: station.store.last_row("room") == 2, "the next row")
+        wait_until("the next row", lambda: station.store.last_row("room") == 2)
         assert station.store.counters()["lines rejected"] == 1
     assert station.failures == []
 
@@ -168,7 +169,7 @@ def test_messages_published_while_the_device_was_away_are_stored(site: Callable[
         subscribed(station)
     here.publish("site/cellar/climate", *[message_body(value) for value in range(50)])
     with here.start() as station:
-        wait_for(lambda: station.store.last_row("room") == 50, "what the broker kept")
+        wait_until("what the broker kept", lambda: station.store.last_row("room") == 50)
         assert rows(station) == [float(value) for value in range(50)]
 
 
@@ -197,7 +198,7 @@ def test_a_message_is_confirmed_only_after_its_commit(
         time.sleep(0.5)
         assert confirmed == []
         may.set()
-        wait_for(lambda: confirmed == [1], "the confirmation")
+        wait_until("the confirmation", lambda: confirmed == [1])
 
 
 def test_a_repeatedly_killed_broker_loses_and_doubles_no_row(
@@ -209,7 +210,7 @@ def test_a_repeatedly_killed_broker_loses_and_doubles_no_row(
         for round_ in range(4):
             values = range(round_ * 30, round_ * 30 + 30)
             here.publish("site/cellar/climate", *[message_body(value) for value in values])
-            wait_for(lambda last=values[-1]: last in rows(station), "this round")  # type: ignore[misc]
+            wait_until("this round", lambda last=values[-1]: last in rows(station))  # type: ignore[misc]
             broker.stop()
             broker.start()
             subscribed(station)
@@ -232,9 +233,9 @@ def test_what_was_committed_when_the_connection_broke_is_not_taken_twice(
         subscribed(station)
         monkeypatch.setattr(Link, "acknowledge", loses)
         here.publish("site/cellar/climate", message_body(1))
-        wait_for(lambda: not lost, "the lost confirmation")
+        wait_until("the lost confirmation", lambda: not lost)
         here.publish("site/cellar/climate", message_body(2))
-        wait_for(lambda: 2.0 in rows(station), "the row after it")
+        wait_until("the row after it", lambda: 2.0 in rows(station))
         assert rows(station) == [1.0, 2.0]
 
 
@@ -256,7 +257,7 @@ def test_a_full_store_leaves_messages_at_the_broker_until_there_is_room(
         time.sleep(0.5)
         assert rows(station) == []
         full[0] = False
-        wait_for(lambda: rows(station) == [1.0], "the row, once there is room")
+        wait_until("the row, once there is room", lambda: rows(station) == [1.0])
 
 
 def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable[..., Site]) -> None:
@@ -265,11 +266,11 @@ def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable
         with here.start() as station:
             subscribed(station)
             here.publish("site/cellar/climate", message_body(value))
-            wait_for(lambda: bool(station.intake.group_commit), "the row waits")
+            wait_until("the row waits", lambda: bool(station.intake.group_commit))
     with here.start() as station:
         subscribed(station)
         here.publish("site/cellar/climate", message_body(3))
-        wait_for(lambda: bool(station.intake.group_commit), "the row waits")
+        wait_until("the row waits", lambda: bool(station.intake.group_commit))
         assert rows(station) == [1.0, 2.0]
     assert here.stored() == [1.0, 2.0, 3.0]
 

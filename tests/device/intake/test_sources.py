@@ -37,8 +37,9 @@ from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import Rows, pack_chunk
 from agent.errors import ConfigError, UsageError
+from agent.testing.patience import wait_until
 from tests.kit.killed_watcher import kill_with_a_file_in_hand
-from tests.kit.stations import ROOT, T0, Station, conf, rows_of, wait_for
+from tests.kit.stations import ROOT, T0, Station, conf, rows_of
 
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64", max=10**6)])
 
@@ -59,7 +60,7 @@ def watching(folder: Path, **store: Any) -> Iterator[Station]:
     with Station(
         made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s, folder / "data")], **store
     ) as station:
-        wait_for(lambda: (folder / "in" / "failed").exists(), "the folders")
+        wait_until("the folders", lambda: (folder / "in" / "failed").exists())
         yield station
         assert station.failures == []
 
@@ -89,7 +90,7 @@ def done_are(folder: Path, files: int) -> bool:
 def test_a_file_is_taken_and_moved_to_done(tmp_path: Path) -> None:
     put(tmp_path, "a.csv", range(10_000))
     with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
         assert taken(station) == list(range(10_000))
         assert there(tmp_path) == {"done": ["a.csv"], "failed": [], "taking": []}
 
@@ -98,7 +99,7 @@ def test_a_file_is_taken_and_moved_to_done(tmp_path: Path) -> None:
 def test_invalid_lines_are_logged_and_others_ingested(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.csv", [1, "x", 2, "3,4", 10**7, 5])
     with watching(tmp_path) as station, caplog.at_level(logging.INFO):
-        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
         assert taken(station) == [1, 2, 5]
     text = [record.getMessage() for record in caplog.records if record.name == "outstation.files"]
     assert text == [
@@ -116,8 +117,8 @@ def test_an_unsuitable_file_goes_to_failed_with_a_reason(tmp_path: Path, caplog:
     (tmp_path / "in" / "c.parquet").write_bytes(b"PAR1")
     (tmp_path / "in" / "d.csv").touch()
     with watching(tmp_path) as station:
-        wait_for(lambda: len(there(tmp_path)["failed"]) == 6, "three failed files and why")
-        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        wait_until("three failed files and why", lambda: len(there(tmp_path)["failed"]) == 6)
+        wait_until("b.csv in done/", lambda: there(tmp_path)["done"] == ["b.csv"])
         assert taken(station) == [1]
         assert station.store.counters()["files failed"] == 3
     failed = there(tmp_path)["failed"]
@@ -132,7 +133,7 @@ def test_a_name_that_comes_again_is_taken_again_and_overwrites_nothing(tmp_path:
     with watching(tmp_path) as station:
         for turn in range(3):
             put(tmp_path, "a.csv", range(turn * 10, turn * 10 + 3))
-            wait_for(partial(done_are, tmp_path, turn + 1), "another file in done/")
+            wait_until("another file in done/", partial(done_are, tmp_path, turn + 1))
         assert taken(station) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
 
 
@@ -143,14 +144,14 @@ def test_a_file_that_comes_again_under_any_name_goes_to_failed_with_one_line(
     timed = [f"{T0 + n},{n}" for n in range(3)]
     put(tmp_path, "a.csv", timed, header="t,n")
     with watching(tmp_path):
-        wait_for(partial(done_are, tmp_path, 1), "a.csv in done/")
+        wait_until("a.csv in done/", partial(done_are, tmp_path, 1))
     with watching(tmp_path) as station:
         put(tmp_path, "b.csv", timed, header="t,n")
-        wait_for(lambda: there(tmp_path)["failed"] == ["b.csv", "b.csv.txt"], "the copy in failed/")
+        wait_until("the copy in failed/", lambda: there(tmp_path)["failed"] == ["b.csv", "b.csv.txt"])
         put(tmp_path, "c.csv", range(1, 3))
-        wait_for(partial(done_are, tmp_path, 2), "another file in done/")
+        wait_until("another file in done/", partial(done_are, tmp_path, 2))
         assert taken(station) == [0, 1, 2, 1, 2]
-        wait_for(lambda: station.store.counters().get("files ingested") == 2, "both files counted")
+        wait_until("both files counted", lambda: station.store.counters().get("files ingested") == 2)
         assert station.store.counters()["files duplicate"] == 1
         assert "files failed" not in station.store.counters()
     text = (tmp_path / "in" / "failed" / "b.csv.txt").read_text()
@@ -164,7 +165,7 @@ def test_hourly_files_with_equal_readings_and_no_time_are_all_ingested(tmp_path:
     with watching(tmp_path) as station:
         for turn in range(3):
             put(tmp_path, f"{turn}.csv", [21])
-            wait_for(partial(done_are, tmp_path, turn + 1), "another file in done/")
+            wait_until("another file in done/", partial(done_are, tmp_path, turn + 1))
         assert taken(station) == [21, 21, 21]
         assert there(tmp_path)["failed"] == []
 
@@ -174,7 +175,7 @@ def test_files_with_their_header_only_are_no_duplicates_of_each_other(tmp_path: 
     with watching(tmp_path):
         for turn in range(2):
             put(tmp_path, f"{turn}.csv", [], header="t,n")
-            wait_for(partial(done_are, tmp_path, turn + 1), "the file in done/")
+            wait_until("the file in done/", partial(done_are, tmp_path, turn + 1))
         assert there(tmp_path)["failed"] == []
 
 
@@ -190,11 +191,11 @@ def test_a_crash_before_a_finished_file_is_moved_makes_it_no_duplicate_of_itself
     with monkeypatch.context() as broken:
         broken.setattr(WatchedFolder, "move_to_done", fail)
         with watching(tmp_path) as station:
-            wait_for(lambda: station.store.last_row("numbers") == 3, "the rows")
+            wait_until("the rows", lambda: station.store.last_row("numbers") == 3)
             time.sleep(0.2)
     assert len(there(tmp_path)["taking"]) == 1
     with watching(tmp_path) as station:
-        wait_for(partial(done_are, tmp_path, 1), "a.csv in done/")
+        wait_until("a.csv in done/", partial(done_are, tmp_path, 1))
         assert taken(station) == [0, 1, 2]
         assert there(tmp_path)["failed"] == []
 
@@ -206,7 +207,7 @@ def test_other_files_and_hidden_ones_are_left_alone(tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_text("n\n1\n")
     with watching(tmp_path) as station:
         put(tmp_path, "z.csv", [7])
-        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        wait_until("z.csv in done/", lambda: there(tmp_path)["done"] == ["z.csv"])
         assert taken(station) == [7]
     assert (tmp_path / "in" / ".a.csv").exists()
 
@@ -223,7 +224,7 @@ def test_a_growing_file_is_left_alone_despite_clock_steps(tmp_path: Path, monkey
                 os.utime(path, (time.time() + 1000 + n, time.time() + 1000 + n))
                 time.sleep(0.1)
                 assert path.exists()
-        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
         assert taken(station) == list(range(1, 10))
 
 
@@ -236,9 +237,9 @@ def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_pat
             file.write("n\n" + "".join(f"{n}\n" for n in range(200_000)))
             file.flush()
             path.rename(path.with_name("a.csv"))
-            wait_for(lambda: bool(there(tmp_path)["taking"]), "a.csv being taken")
+            wait_until("a.csv being taken", lambda: bool(there(tmp_path)["taking"]))
             file.write("200000\n200001\n")
-        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/", 200)
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"], timeout_s=200)
         assert taken(station) == list(range(200_002))
 
 
@@ -246,7 +247,7 @@ def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_pat
 def test_a_full_store_holds_a_file_up_and_loses_none_of_it(tmp_path: Path) -> None:
     put(tmp_path, "a.csv", range(60_000))
     with watching(tmp_path, max_size=216 * PAGE_SIZE) as station:
-        wait_for(lambda: station.store.last_row("numbers") > 20_000, "a store that fills")
+        wait_until("a store that fills", lambda: station.store.last_row("numbers") > 20_000)
         time.sleep(0.3)
         stored = station.store.last_row("numbers")
         assert stored < 60_000
@@ -268,14 +269,14 @@ def test_a_missing_folder_is_logged_once_and_watched_when_it_returns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with watching(tmp_path) as station:
-        wait_for(lambda: replace_with_file(tmp_path), "a moment in which the watcher does not make the folder again")
+        wait_until("a moment in which the watcher does not make the folder again", lambda: replace_with_file(tmp_path))
         # While the folder is removed, the watcher may meet a part of it: that is another error, and logged, too.
-        wait_for(lambda: "File exists" in caplog.text, "a complaint")
+        wait_until("a complaint", lambda: "File exists" in caplog.text)
         time.sleep(0.2)
         assert caplog.text.count("File exists") == 1
         (tmp_path / "in").unlink()
         put(tmp_path, "a.csv", [1])
-        wait_for(lambda: (tmp_path / "in" / "done" / "a.csv").exists(), "a.csv in done/")
+        wait_until("a.csv in done/", lambda: (tmp_path / "in" / "done" / "a.csv").exists())
         assert taken(station) == [1]
 
 
@@ -285,7 +286,7 @@ def test_a_folder_in_taking_goes_to_failed_and_other_files_continue(tmp_path: Pa
         (tmp_path / "in" / "taking" / name).mkdir(parents=True)
     put(tmp_path, "z.csv", [7])
     with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        wait_until("z.csv in done/", lambda: there(tmp_path)["done"] == ["z.csv"])
         assert taken(station) == [7]
         assert station.store.counters()["files failed"] == 2
     assert there(tmp_path)["failed"] == ["b.csv", "b.csv.txt", "keep", "keep.txt"]
@@ -321,7 +322,7 @@ def test_an_unreadable_file_goes_to_failed_and_others_continue(
     put(tmp_path, "a.csv", [1])
     put(tmp_path, "b.csv", [2])
     with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        wait_until("b.csv in done/", lambda: there(tmp_path)["done"] == ["b.csv"])
         assert taken(station) == [2]
         assert station.store.counters()["files failed"] == 1
     assert there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"]
@@ -335,7 +336,7 @@ def test_a_file_is_read_later_where_the_machine_has_no_descriptor_left(
     tried = fail_to_open(monkeypatch, "a.csv", errno.EMFILE, 3)
     put(tmp_path, "a.csv", [1])
     with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
         assert taken(station) == [1]
     assert len(tried) == 3
     assert there(tmp_path)["failed"] == []
@@ -408,7 +409,7 @@ def test_the_hosts_condition_comes_again_and_again(tmp_path: Path) -> None:
         *(FieldConfig(name=name, type="f64", min=0) for name in names), FieldConfig(name="temperature", optional=True)
     )
     with hosting(tmp_path, stream) as station:
-        wait_for(lambda: station.store.last_row("host") >= 3, "three readings")
+        wait_until("three readings", lambda: station.store.last_row("host") >= 3)
         rows = station.rows("host")
     values = dict(zip([*names, "temperature"], rows.columns, strict=True))
     assert (values["memory"] > 0).all()
@@ -432,10 +433,10 @@ def test_an_unreadable_metric_is_missing_and_logged_once_if_required(
 
     monkeypatch.setattr("psutil.sensors_temperatures", unreadable)
     with hosting(tmp_path / "a", host(FieldConfig(name="temperature", optional=True))) as station:
-        wait_for(lambda: station.store.last_row("host") >= 2, "two readings")
+        wait_until("two readings", lambda: station.store.last_row("host") >= 2)
         assert np.isnan(station.rows("host").columns[0]).all()
     with hosting(tmp_path / "b", host(FieldConfig(name="temperature"))) as station:
-        wait_for(lambda: station.store.counters().get("lines rejected", 0) >= 3, "three rejected readings")
+        wait_until("three rejected readings", lambda: station.store.counters().get("lines rejected", 0) >= 3)
     text = [record.getMessage() for record in caplog.records if record.name == "outstation.host"]
     assert text == ["host: not stored: temperature is missing (optional = true allows a missing value)"]
 
@@ -490,7 +491,7 @@ def played(folder: Path, source: ReplaySource, stops: tuple[int, ...] = ()) -> R
     """All rows of a replay that is stopped once each of `stops` rows is there, and started again later."""
     for index, stop in enumerate([*stops, source.rows or 0]):
         with replaying(folder, source, T0 + index * 500) as station:
-            wait_for(partial(rows_are, station, stop), f"{stop} rows")
+            wait_until(f"{stop} rows", partial(rows_are, station, stop))
             if stop == source.rows:
                 time.sleep(0.3)
                 assert station.store.last_row("watch") == stop
@@ -533,7 +534,7 @@ def test_a_playlist_goes_on_after_any_row(recordings: Path) -> None:
 
 def test_a_replay_of_known_length_ends_now_and_keeps_its_times(tmp_path: Path, recordings: Path) -> None:
     with replaying(tmp_path, replay_of(recordings, rows=500)) as station:
-        wait_for(lambda: station.store.last_row("watch") == 500, "500 rows")
+        wait_until("500 rows", lambda: station.store.last_row("watch") == 500)
         last = station.rows("watch").t[-1] / 1e6
     assert T0 - 10 < last <= T0
 
@@ -561,7 +562,7 @@ def test_injected_faults_begin_at_their_row(tmp_path: Path, recordings: Path) ->
 def test_a_replay_keeps_its_pace(tmp_path: Path, recordings: Path) -> None:
     with replaying(tmp_path, replay_of(recordings, speed=10.0, rows=None)) as station:
         began = time.monotonic()
-        wait_for(lambda: station.store.last_row("watch") >= 100, "the first rows")
+        wait_until("the first rows", lambda: station.store.last_row("watch") >= 100)
         time.sleep(1.0)
         rows, seconds = station.store.last_row("watch"), time.monotonic() - began
     assert 0.5 * 10 * RATE * (seconds - 0.3) < rows <= 10 * RATE * (seconds + 0.1)
@@ -574,7 +575,7 @@ def test_a_full_store_holds_a_replay_up_and_skips_nothing(
     source = replay_of(recordings, rows=40_000, speed=1e5)
     whole = played(tmp_path / "a", source)
     with replaying(tmp_path / "b", source, max_size=216 * PAGE_SIZE) as station:
-        wait_for(lambda: station.store.last_row("watch") > 10_000, "a store that fills")
+        wait_until("a store that fills", lambda: station.store.last_row("watch") > 10_000)
         result: list[float] = []
         for _ in range(1000):
             batch = station.store.read_rows("watch", WATCH.fields, len(result), 10**6)

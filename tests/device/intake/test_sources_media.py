@@ -32,8 +32,9 @@ from agent.device.store.rows import Rows
 from agent.errors import ConfigError, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.model.inference import images, sound
+from agent.testing.patience import wait_until
 from tests.kit.killed_watcher import kill_with_a_file_in_hand
-from tests.kit.stations import Station, conf, rows_of, wait_for
+from tests.kit.stations import Station, conf, rows_of
 from tests.model.test_media import RATE, picture, read_samples, tone, write_wav
 
 SMALL = ImageFormat(width=8, height=6)
@@ -105,7 +106,7 @@ def test_images_become_rows_in_order_of_name_with_an_index(tmp_path: Path) -> No
     for index in range(40):
         put(tmp_path, f"{index:02}.png", picture((6, 8, 3), seed=index), 1_764_000_000 + index)
     with watching(tmp_path) as station:
-        wait_for(partial(are_in, tmp_path, "done", 40), "all in done/")
+        wait_until("all in done/", partial(are_in, tmp_path, "done", 40))
         rows = taken(station)
     expected = [images.read_rows(tmp_path / "in" / "done" / f"{index:02}.png", SMALL) for index in range(40)]
     assert pixels(rows).tobytes() == np.stack(expected).tobytes()
@@ -119,9 +120,9 @@ def test_equal_images_of_different_times_are_all_ingested_and_a_copy_is_not(tmp_
     with watching(tmp_path) as station:
         for index, at_s in enumerate((1_764_000_000, 1_764_003_600)):
             put(tmp_path, f"{index}.png", content, at_s)
-            wait_for(partial(are_in, tmp_path, "done", index + 1), "the image in done/")
+            wait_until("the image in done/", partial(are_in, tmp_path, "done", index + 1))
         put(tmp_path, "copy.png", content, 1_764_003_600)
-        wait_for(lambda: "copy.png" in names(tmp_path, "failed"), "the copy in failed/")
+        wait_until("the copy in failed/", lambda: "copy.png" in names(tmp_path, "failed"))
         assert len(taken(station)) == 2 * SMALL.height
 
 
@@ -154,7 +155,7 @@ def test_images_of_one_moment_get_different_times(tmp_path: Path) -> None:
         put(tmp_path, f"{index}.png", picture((6, 8, 3), seed=index), 1_764_000_000)
     put(tmp_path, "x 2026-11-24T10-15-30.25Z.jpg", picture((6, 8, 3), "JPEG"), 1_764_000_000)
     with watching(tmp_path) as station:
-        wait_for(partial(are_in, tmp_path, "done", 4), "all in done/")
+        wait_until("all in done/", partial(are_in, tmp_path, "done", 4))
         t = taken(station).t.reshape(4, 6)
     assert (t == t[:, :1]).all()
     assert (t[:3, 0] - 1_764_000_000_000_000).tolist() == [0, 1, 2]
@@ -188,8 +189,8 @@ def test_an_undecodable_file_goes_to_failed_with_a_reason_and_counts(
     )
     put(tmp_path, f"good{Path(name).suffix}", good)
     with watching(tmp_path, made) as station:
-        wait_for(partial(are_in, tmp_path, "failed", 2), "the file and the reason in failed/")
-        wait_for(partial(are_in, tmp_path, "done", 1), "the good one in done/")
+        wait_until("the file and the reason in failed/", partial(are_in, tmp_path, "failed", 2))
+        wait_until("the good one in done/", partial(are_in, tmp_path, "done", 1))
         assert station.store.counters()["files failed"] == 1
         assert len(taken(station)) == (6 if isinstance(made, ImageFormat) else 14)
     text = (tmp_path / "in" / "failed" / f"{name}.txt").read_text()
@@ -231,7 +232,7 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
     put(tmp_path, "a.wav", content, 1_764_000_040)  # when its last sample was written
     put(tmp_path, "b 20251124T160000Z.wav", content)
     with watching(tmp_path, SOUND) as station:
-        wait_for(partial(are_in, tmp_path, "done", 2), "both in done/")
+        wait_until("both in done/", partial(are_in, tmp_path, "done", 2))
         rows = taken(station)
     path = tmp_path / "in" / "done" / "a.wav"
     expected = sound.compute_mel_rows(read_samples(path), SOUND)
@@ -288,7 +289,7 @@ def test_a_file_that_cannot_be_moved_is_moved_later_and_not_repeated(
     monkeypatch.setattr(WatchedFolder, "move_to_done", unreliable)
     put(tmp_path, "a.png" if kind == "image" else "a.wav", content, 1_764_000_000)
     with watching(tmp_path, made) as station:
-        wait_for(partial(are_in, tmp_path, "done", 1), "moved at last")
+        wait_until("moved at last", partial(are_in, tmp_path, "done", 1))
         rows = len(taken(station).t)
     assert failures == []
     assert notes(tmp_path)[0][1:] == ["1", str(rows)]

@@ -18,9 +18,10 @@ from agent.device.intake.sources import files as files_module
 from agent.device.intake.sources import watched_folder
 from agent.device.intake.sources.watched_folder import WatchedFolder, safe_name
 from agent.errors import UsageError
+from agent.testing.patience import wait_until
 from tests.device.intake.test_sources import put, taken, there, watching
 from tests.kit.marks import root_only
-from tests.kit.stations import ROOT, wait_for
+from tests.kit.stations import ROOT
 
 pytestmark = pytest.mark.attack("folders")
 
@@ -55,7 +56,7 @@ def test_pipes_sockets_and_links_go_to_failed_and_hold_nothing_up(tmp_path: Path
     os.link(secret, folder / "d.csv")
     put(tmp_path, "z.csv", [7])
     with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        wait_until("z.csv in done/", lambda: there(tmp_path)["done"] == ["z.csv"])
         assert taken(station) == [7]
         assert station.store.counters()["files failed"] == 4
         assert station.store.counters()["files ingested"] == 1
@@ -133,7 +134,7 @@ def test_a_link_in_the_place_of_a_reason_overwrites_nothing(tmp_path: Path, secr
     (failed / "a.csv.txt").symlink_to(secret)
     put(tmp_path, "a.csv", [1], header="m")
     with watching(tmp_path) as station:
-        wait_for(lambda: station.store.counters().get("files failed") == 1, "the file and its reason")
+        wait_until("the file and its reason", lambda: station.store.counters().get("files failed") == 1)
     assert secret.read_text() == SECRET
     assert (failed / "a.csv.txt").is_symlink()
     assert "column 'm'" in contents(failed)
@@ -148,8 +149,8 @@ def test_a_link_in_the_place_of_a_working_folder_is_moved_aside(tmp_path: Path, 
     put(tmp_path, "a.csv", [1])
     put(tmp_path, "b.csv", [1], header="m")
     with watching(tmp_path) as station:
-        wait_for(lambda: (tmp_path / "in" / "done" / "a.csv").exists(), "a.csv in done/")
-        wait_for(lambda: station.store.counters().get("files failed") == 1, "b.csv in failed/")
+        wait_until("a.csv in done/", lambda: (tmp_path / "in" / "done" / "a.csv").exists())
+        wait_until("b.csv in failed/", lambda: station.store.counters().get("files failed") == 1)
         assert taken(station) == [1]
     assert len(there(tmp_path)["failed"]) == 2
     assert list(elsewhere.iterdir()) == []
@@ -196,8 +197,8 @@ def test_names_that_are_long_or_unprintable_stop_nothing(tmp_path: Path, caplog:
         Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_text("m\n1\n")
     put(tmp_path, "z.csv", [7])
     with watching(tmp_path) as station:
-        wait_for(lambda: station.store.counters().get("files failed") == len(names), "all names in failed/")
-        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        wait_until("all names in failed/", lambda: station.store.counters().get("files failed") == len(names))
+        wait_until("z.csv in done/", lambda: there(tmp_path)["done"] == ["z.csv"])
     failed = there(tmp_path)["failed"]
     assert len(failed) == 2 * len(names)
     assert all(name.isprintable() and len(os.fsencode(name)) <= 255 for name in failed)
@@ -219,8 +220,8 @@ def test_a_cell_with_escape_characters_reaches_the_log_escaped(
     put(tmp_path, "a.csv", ["\x1b]0;owned\x07"])
     put(tmp_path, "b.csv", [1], header="\x1b[31mn")
     with watching(tmp_path):
-        wait_for(lambda: len(there(tmp_path)["failed"]) == 2, "b.csv in failed/")
-        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        wait_until("b.csv in failed/", lambda: len(there(tmp_path)["failed"]) == 2)
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
     assert "\x1b" not in caplog.text
     assert "\x1b" not in (tmp_path / "in" / "failed" / "b.csv.txt").read_text()
 
@@ -256,8 +257,8 @@ def test_a_hostile_decoder_costs_its_file_and_neither_ends_nor_stops_the_intake(
     monkeypatch.setattr(decode_process, "_WORKER", "hostile_decoder")
     put(tmp_path, "a.csv", [1])
     with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"], "a.csv in failed/")
-        wait_for(lambda: station.store.counters().get("files failed") == 1, "the count")
+        wait_until("a.csv in failed/", lambda: there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"])
+        wait_until("the count", lambda: station.store.counters().get("files failed") == 1)
     assert reason in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
 
 
@@ -275,7 +276,7 @@ def test_an_error_that_no_check_foresees_costs_its_file_and_not_the_intake(
     put(tmp_path, "a.csv", [1])
     put(tmp_path, "b.csv", [2])
     with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        wait_until("b.csv in done/", lambda: there(tmp_path)["done"] == ["b.csv"])
         assert station.store.counters()["files failed"] == 1
     assert "unexpected ZeroDivisionError" in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
 

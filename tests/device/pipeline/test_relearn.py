@@ -21,7 +21,7 @@ from agent.device.recovery import open as recovery
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from tests.kit.commands import call_outstation
 from tests.kit.learning_device import LearningDevice
 from tests.kit.marks import root_only

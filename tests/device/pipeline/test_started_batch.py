@@ -13,11 +13,14 @@ import pytest
 from msgspec.structs import replace
 
 from agent.device.pipeline.batch import BatchResult
+from agent.device.store import rows
+from agent.drift import DriftMonitor
 from agent.errors import ModelProcessFailed, StorageFull
 from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.testing.patience import wait_until
+from agent.wire import commitment
 from scripts.kit.bundles import ANOMALY, CLASSIFY, Recipe, activated
 from tests.kit.devices import Device
-from tests.kit.stations import wait_for
 
 Make = Callable[[Recipe], Device]
 # Whole drift windows, within the batch of a model that was not tuned.
@@ -126,12 +129,52 @@ def test_no_row_is_lost_where_the_process_is_killed_while_nobody_waits(make: Mak
     assert isinstance(model, SubprocessModel)
     assert model.pid is not None
     os.kill(model.pid, signal.SIGKILL)
-    wait_for(lambda: not model.is_running, "the process is gone")
+    wait_until("the process is gone", lambda: not model.is_running)
     # What it answered before is used.
     with contextlib.suppress(ModelProcessFailed):
         device.run()
     device.run_all()
     assert sum(result.n for result in device.results()) == 4 * BATCH
+
+
+def test_no_row_is_lost_where_the_process_is_killed_before_its_answer_is_awaited(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = make(CLASSIFY)
+    model, real = device.task.model, DriftMonitor.measure_batch
+    assert isinstance(model, SubprocessModel)
+
+    def kill_and_measure(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(DriftMonitor, "measure_batch", real)
+        assert model.pid is not None
+        os.kill(model.pid, signal.SIGKILL)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(DriftMonitor, "measure_batch", kill_and_measure)
+    # What it answered before is used; then the next batch fails.
+    with contextlib.suppress(ModelProcessFailed):
+        device.run_all()
+    device.run_all()
+    assert sum(result.n for result in device.results()) == 4 * BATCH
+
+
+@pytest.mark.parametrize("predicted", [0, 1, 10 * BATCH])
+def test_each_message_commits_to_its_own_rows(make: Make, predicted: int) -> None:
+    """Rows of the batch are committed to before its results show how many messages they take."""
+    device = make(CLASSIFY)
+    device.author.max_bytes = 8_000
+    device.task.results_per_message = predicted
+    device.run()
+    messages, log = device.results(), device.author
+    assert len(messages) > 1
+    for message in messages:
+        first, last = message.rows
+        stored = device.store.read_rows(
+            device.task.config.stream, device.task.stream.fields, first - 1, last + 1 - first
+        )
+        assert stored is not None
+        key = commitment.derive_key(log.secret, log.log_id, device.task.name, (first, last))
+        assert message.input == rows.commit(stored.parts, key, device.task.stream.fields, {})
 
 
 def test_a_started_batch_that_is_too_large_by_now_is_read_again(make: Make) -> None:

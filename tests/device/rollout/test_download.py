@@ -20,9 +20,10 @@ import pytest
 from agent.device.rollout.fetch.fetcher import FetchedBundle
 from agent.device.rollout.fetch.request import DOWNLOAD_DIR
 from agent.fleet.enrolment.pki import create_authority
+from agent.testing.patience import wait_until
 from agent.wire.desired_state import DesiredBundle
 from scripts.faults.disk import Card, no_card
-from tests.kit.stations import ROOT, wait_for
+from tests.kit.stations import ROOT
 from tests.kit.update_repositories import Signed
 from tests.kit.update_servers import Handler, Trick, Web
 from tests.kit.updating import PATIENCE_S, RUNS, Updating
@@ -292,7 +293,7 @@ def test_a_power_cut_at_every_step_of_a_download(card: Card, repository: Signed,
         with started() as device:
             device.command = dying_at(step)
             device.restart()
-            os.sync()
+            subprocess.run(["sync", "--file-system", str(card.mount_point)], check=True)
             before, outcome = device.floors, device.fetch(wanted)
         done = isinstance(outcome, FetchedBundle)
         assert isinstance(outcome, FetchedBundle) or outcome.error == "WorkerCrashed"
@@ -324,15 +325,15 @@ def test_the_worker_does_not_outlive_the_daemon(web: Web, device: Updating, want
     words = (str(device.folder), web.url, wanted.bundle, wanted.version, wanted.digest)
     daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
     try:
-        wait_for(held.is_set, "the archive is being downloaded", PATIENCE_S)
-        wait_for(lambda: part(device).stat().st_size >= 1 << 20, "much of it is on the disk", PATIENCE_S)
+        wait_until("the archive is being downloaded", held.is_set, timeout_s=PATIENCE_S)
+        wait_until("much of it is on the disk", lambda: part(device).stat().st_size >= 1 << 20, timeout_s=PATIENCE_S)
         [fetching] = psutil.Process(daemon.pid).children()
         daemon.send_signal(signal.SIGKILL)
         daemon.wait()
-        wait_for(
-            lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE,
+        wait_until(
             "the child is gone",
-            PATIENCE_S,
+            lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE,
+            timeout_s=PATIENCE_S,
         )
     finally:
         daemon.kill()
@@ -362,10 +363,10 @@ def test_the_worker_has_low_priority_and_limits(web: Web, device: Updating, want
     web.tricks[:] = [("/targets/", holding(held))]
     before = psutil.Process().children()
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(
-        lambda: device.fetcher.poll(device.now()) is None and held.is_set(),
+    wait_until(
         "the archive is being downloaded",
-        PATIENCE_S,
+        lambda: device.fetcher.poll(device.now()) is None and held.is_set(),
+        timeout_s=PATIENCE_S,
     )
     [fetching] = [child for child in psutil.Process().children() if child not in before]
     assert fetching.nice() == 19
@@ -376,6 +377,8 @@ def test_the_worker_has_low_priority_and_limits(web: Web, device: Updating, want
     assert 0 < limits[psutil.RLIMIT_FSIZE] <= (64 << 20) + 1
     assert fetching.memory_info().rss < 80 << 20
     device.fetcher.stop("exercise")
-    wait_for(
-        lambda: (device.fetcher.poll(device.now()), fetching.is_running())[1] is False, "the child is gone", PATIENCE_S
+    wait_until(
+        "the child is gone",
+        lambda: (device.fetcher.poll(device.now()), fetching.is_running())[1] is False,
+        timeout_s=PATIENCE_S,
     )

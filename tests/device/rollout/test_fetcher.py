@@ -17,8 +17,8 @@ from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFail
 from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
+from agent.testing.patience import wait_until
 from agent.wire.desired_state import DesiredBundle
-from tests.kit.stations import wait_for
 from tests.kit.update_repositories import ARCHIVE, Signed
 from tests.kit.update_servers import Handler, Web
 from tests.kit.updating import PATIENCE_S, Updating
@@ -41,10 +41,10 @@ def report(device: Updating) -> dict[str, object]:
 
 def settle(device: Updating) -> None:
     """Poll until the child that runs has ended, and nothing is due."""
-    wait_for(
-        lambda: device.fetcher.poll(device.now()) is None and device.fetcher.wait_s(device.now()) > 1,
+    wait_until(
         "it rests",
-        PATIENCE_S,
+        lambda: device.fetcher.poll(device.now()) is None and device.fetcher.wait_s(device.now()) > 1,
+        timeout_s=PATIENCE_S,
     )
 
 
@@ -159,8 +159,10 @@ def test_an_unpublished_bundle_is_retried_soon(repository: Signed, web: Web, dev
 def test_a_stopped_download_is_no_repository_error(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(
-        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [], "it comes", PATIENCE_S
+    wait_until(
+        "it comes",
+        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [],
+        timeout_s=PATIENCE_S,
     )
     device.fetcher.stop("exercise")
     settle(device)
@@ -202,10 +204,10 @@ def test_another_desired_bundle_ends_the_first_download(
     repository.write(web.folder)
     web.tricks[:] = [("/targets/exercise/1", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(
-        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [],
+    wait_until(
         "the first comes",
-        PATIENCE_S,
+        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [],
+        timeout_s=PATIENCE_S,
     )
     device.fetcher.start("exercise", second, device.now())
     outcome = device.result()

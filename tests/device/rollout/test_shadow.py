@@ -25,12 +25,12 @@ from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime
 from agent.model.inference.tuning import Tuning
 from agent.performance.labels import Label
+from agent.testing.patience import wait_until
 from agent.wire.desired_state import CanaryRules
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, Recipe, activated, around, model
 from tests.kit.devices import NOW
 from tests.kit.marks import crashing
 from tests.kit.shadow_devices import ShadowDevice
-from tests.kit.stations import wait_for
 
 CALM = np.clip(CLASSIFY.rows(400), -3, 3)
 
@@ -186,7 +186,7 @@ def test_a_shadow_crash_is_counted_and_later_batches_are_compared(make: Make) ->
     pair = make(good("rigged_crash"))
     pair.batch(CALM[:20])
     pair.batch(wild())
-    wait_for(lambda: pair.model.poll_ready(), "it started anew")
+    wait_until("it started anew", lambda: pair.model.poll_ready())
     pair.batch(CALM[20:40])
     messages = pair.shadows()
     assert [(entry.errors, entry.n) for entry in messages] == [(0, 20), (1, 0), (0, 20)]
@@ -205,7 +205,7 @@ def test_a_shadow_hang_delays_no_batch_and_is_counted(make: Make) -> None:
         pair.batch(CALM[start : start + 20], wait=False)
     assert pair.device.store.cursor("tiny") == 80
     assert time.monotonic() - began < 20
-    wait_for(lambda: pair.runner.poll(0.1), "it is ended")
+    wait_until("it is ended", lambda: pair.runner.poll(0.1))
     pair.turn()
     assert [(message.errors, message.n) for message in pair.shadows()] == [(1, 0)]
     assert "did not answer within 1.5 s" in pair.shadows()[0].error
@@ -292,7 +292,7 @@ def test_another_tasks_batch_in_the_shared_process_costs_no_comparison(make: Mak
     (message,) = pair.shadows()
     assert (message.n, message.errors, message.other_stats.windows) == (40, 0, 40)
     assert message.agreeing == _count_agreeing(pair, CALM[:40])
-    wait_for(lambda: pair.model.poll(other) is not None, "it answered the other request")
+    wait_until("it answered the other request", lambda: pair.model.poll(other) is not None)
 
 
 def _count_agreeing(pair: ShadowDevice, rows: np.ndarray) -> int:

@@ -30,7 +30,7 @@ from agent.fleet.database.store import FleetStore
 from agent.quantities import decode_quantity
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import MODEL
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from tests.device.uplink.test_uplink import DEVICE, FLEET, TIME, World, unexpected

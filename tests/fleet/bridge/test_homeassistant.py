@@ -30,6 +30,7 @@ from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import LocalFleet
 from agent.testing.messages import FLEET, MessageSender, SignedMessage
+from agent.testing.patience import TIMEOUT_S
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, subscribe_anyway
@@ -48,7 +49,7 @@ class HomeAssistant:
         self.documents: dict[str, bytes] = {}
         self.counts: dict[str, int] = {}
 
-    def wait(self, event: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    def wait(self, event: str, condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
             assert time.monotonic() < deadline, f"{event}; documents: {self.documents}"
@@ -354,9 +355,9 @@ def test_from_a_real_device_over_the_collector_and_from_the_device_alone(tmp_pat
         device.start_and_wait()
         home = connect(BrokerConfig(url=fleet.broker.url))
         config = PLACE.config_topic("pi.01")
-        home.wait("a result", lambda: home.read(f"{LATEST}/pi.01/exercise"), 60.0)
-        home.wait("health", lambda: (home.read(f"{LATEST}/pi.01/_device") or {}).get("storage_bytes"), 60.0)
-        home.wait("an entity", lambda: "label-exercise" in (home.read(config) or {}).get("cmps", ()), 60.0)
+        home.wait("a result", lambda: home.read(f"{LATEST}/pi.01/exercise"))
+        home.wait("health", lambda: (home.read(f"{LATEST}/pi.01/_device") or {}).get("storage_bytes"))
+        home.wait("an entity", lambda: "label-exercise" in (home.read(config) or {}).get("cmps", ()))
         assert home.read(config)["dev"]["cu"] == "https://fleet.example.org/devices/pi.01"
         device.stop()
         home.wait("stopped", lambda: home.read(f"{LATEST}/pi.01/_device")["state"] == "stopped")

@@ -21,6 +21,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import MessageSender, SignedMessage
+from agent.testing.patience import TIMEOUT_S
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 
@@ -37,7 +38,7 @@ class Host:
         self.messages: list[tuple[str, str, Any]] = []
 
     def wait(self, event: str, condition: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + 20.0
+        deadline = time.monotonic() + TIMEOUT_S
         while not (value := condition()):
             assert time.monotonic() < deadline, f"{event}; messages: {self.messages}"
             self.receive(0.1)

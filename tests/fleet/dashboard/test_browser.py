@@ -13,6 +13,7 @@ import pytest
 from agent import clock
 from agent.fleet.database.ingest import Arrival
 from agent.testing.messages import MessageSender, new_key
+from agent.testing.patience import wait_until
 from tests.kit import browsers
 from tests.kit.dashboards import PASSWORD, ServedDashboard, enrolled, health, served, wait_until_shown
 
@@ -54,12 +55,9 @@ def tab(browser: Any) -> Iterator[Any]:
     context.close()
 
 
-def wait_for(tab: Any, condition: str) -> None:
+def wait_for_page(tab: Any, condition: str) -> None:
     """Wait until an expression is true; the page's policy forbids Playwright to wait inside it."""
-    until = time.monotonic() + 10
-    while not tab.evaluate(condition):
-        assert time.monotonic() < until, condition
-        tab.wait_for_timeout(20)
+    wait_until(condition, lambda: tab.evaluate(condition))
 
 
 def all_pages(dashboard: ServedDashboard) -> list[str]:
@@ -104,7 +102,7 @@ def test_a_change_appears_without_a_reload(tab: Any, dashboard: ServedDashboard)
     tab.evaluate("window.sameDocument = true")
     began = time.monotonic()
     dashboard.add(sender, health(sender, waiting=77))
-    wait_for(tab, "document.querySelector('#d-live-01 td[data-name]').textContent.includes('77')")
+    wait_for_page(tab, "document.querySelector('#d-live-01 td[data-name]').textContent.includes('77')")
     took = time.monotonic() - began
     print(f"shown {took:.2f} s after it was stored")
     assert took < 5, "2 s on an idle machine"
@@ -121,7 +119,7 @@ def test_focus_stays_where_it_is_while_rows_change(tab: Any, dashboard: ServedDa
     tab.goto(f"{dashboard.url}/fleet?q=focus")
     tab.focus("#d-focus-01 th a")
     dashboard.add(sender, health(sender, waiting=88))
-    wait_for(tab, "document.querySelector('#d-focus-01 td[data-name]').textContent.includes('88')")
+    wait_for_page(tab, "document.querySelector('#d-focus-01 td[data-name]').textContent.includes('88')")
     assert tab.evaluate("document.activeElement.textContent") == "focus-01"
 
 
@@ -135,7 +133,7 @@ def test_the_fleet_is_searched_by_keyboard(tab: Any, dashboard: ServedDashboard)
     while tab.evaluate("document.activeElement.name") != "q":
         tab.keyboard.press("Tab")
     tab.keyboard.type("pi-07")
-    wait_for(tab, "document.querySelectorAll('#rows tbody tr').length === 1")
+    wait_for_page(tab, "document.querySelectorAll('#rows tbody tr').length === 1")
     assert "q=pi-07" in tab.url
     while tab.evaluate("document.activeElement.textContent") != "pi-07":
         tab.keyboard.press("Tab")
@@ -229,11 +227,11 @@ def test_a_thousand_devices_are_there_at_once(browser: Any, tmp_path: Path) -> N
             tab = browser.new_context(viewport={"width": 1280, "height": 860}).new_page()
             tab.goto(f"{dashboard.url}/fleet")
             times = "performance.getEntriesByType('paint').map(entry => entry.startTime)"
-            wait_for(tab, f"{times}.length > 0")
+            wait_for_page(tab, f"{times}.length > 0")
             painted.append(max(tab.evaluate(times)))
             assert tab.locator("#rows tbody tr").count() == 100
             tab.click("text=Show more")
-            wait_for(tab, "document.querySelectorAll('#rows tbody tr').length === 300")
+            wait_for_page(tab, "document.querySelectorAll('#rows tbody tr').length === 300")
             tab.context.close()
         print(f"first paint {painted[-1]:.0f} ms")
         assert min(painted) < 3000, "1 s on an idle machine"

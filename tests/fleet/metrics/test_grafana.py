@@ -24,7 +24,7 @@ from agent.fleet.metrics.collector_families import build_families
 from agent.fleet.metrics.endpoint import MetricsListener
 from agent.fleet.metrics.exporter import DatabaseExporter
 from agent.testing.messages import FLEET, MODEL
-from agent.testing.process import wait_until
+from agent.testing.patience import wait_until
 from scripts.grafana_dashboards import render
 from scripts.interops.prometheus import PrometheusServer
 from scripts.kit.postgres import run_server

@@ -16,7 +16,8 @@ from agent.fleet.database.keyring import Keyring
 from agent.testing.broker import MosquittoBroker
 from agent.testing.fleet import LocalFleet
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
-from agent.testing.process import OutstationProcess, wait_until
+from agent.testing.patience import wait_until
+from agent.testing.process import OutstationProcess
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws, keys

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.faults import patience
-from scripts.faults.patience import Patience, wait_until
+from agent.testing import patience
+from agent.testing.patience import Patience, wait_until
 
 
 class Machine:

@@ -1,7 +1,7 @@
-"""Time limits of the faults and their oracle, which a busy machine extends.
+"""Waits of tests for events, whose limits a busy machine extends.
 
-A wait is for an event, and its limit only ends a wait for one that never comes. While processes wait for a processor,
-the events are late, too: such time counts a tenth.
+A limit only ends a wait for an event that never comes. While processes wait for a processor, the events are late, too:
+such time counts a tenth.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.testing.process import TIMEOUT_S
-
+# Long: a test that passes never waits for it.
+TIMEOUT_S = 90.0
 # Pressure stall information: µs since boot in which a process waited for a processor.
 _PRESSURE = Path("/proc/pressure/cpu")
 _STALLED_SHARE = 0.1
 _POLL_S = 0.05
+_FIRST_POLL_S = 0.005
 
 
 class Patience:
@@ -36,13 +37,14 @@ class Patience:
         return waited_s > self._seconds
 
 
-def wait_until(description: str, condition: Callable[[], object], seconds: float = TIMEOUT_S) -> None:
+def wait_until(description: str, condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
     """Wait until a condition is true. Raises AssertionError with the description when the patience is over."""
-    patience, began_s = Patience(seconds), time.monotonic()
+    patience, began_s, poll_s = Patience(timeout_s), time.monotonic(), _FIRST_POLL_S
     while not condition():
         if patience.is_over():
             raise AssertionError(f"not within {time.monotonic() - began_s:.0f} s: {description}")
-        time.sleep(_POLL_S)
+        time.sleep(poll_s)
+        poll_s = min(1.2 * poll_s, _POLL_S)
 
 
 def pause(seconds: float) -> None:
