@@ -41,7 +41,7 @@ def read(
     try:
         text = input_files.read_text(path)
         document = tomllib.loads(text)
-        _require_finite(path, "", document)
+        _check_values(path, "", document)
     except FileNotFoundError:
         raise ConfigError(str(path), "", f"no such file; {missing}") from None
     except OSError as error:
@@ -61,16 +61,18 @@ def read(
         raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
 
 
-def _require_finite(path: Path, key: str, value: Any) -> None:
-    """Raise ConfigError for nan and inf: limits that nothing meets, and JSON has neither."""
+def _check_values(path: Path, key: str, value: Any) -> None:
+    """Raise ConfigError for nan and inf, limits that nothing meets, and for NUL, which ends a path early."""
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(str(path), key, "holds a NUL character, which no text of a config may have; remove it")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(str(path), key, f"is {value}; give a finite number")
     if isinstance(value, dict):
         for name, inner in value.items():
-            _require_finite(path, f"{key}.{name}" if key else name, inner)
+            _check_values(path, f"{key}.{name}" if key else name, inner)
     if isinstance(value, list):
         for index, inner in enumerate(value):
-            _require_finite(path, f"{key}[{index}]", inner)
+            _check_values(path, f"{key}[{index}]", inner)
 
 
 def _describe_syntax(problem: str, text: str) -> str:

@@ -49,7 +49,7 @@ def check(job: PackJob, train: Path | None) -> list[CheckedData]:
             if key != "reference":
                 raise ConfigError(str(job.file), key, str(problem)) from None
             # Column `label` of a reference may hold something else.
-            checked.append(CheckedData(name, not_checked(0, 0, str(problem))))
+            checked.append(CheckedData(name, not_checked(0, 0, str(problem).removeprefix(f"{path}: "))))
     return checked
 
 

@@ -128,6 +128,7 @@ def _open_trusted_keys(
     now: Callable[[], ClockReading],
 ) -> TrustedKeys:
     """Open the keys that the config names, or the trust document in force. Raises ConfigError."""
+    sinks.find_encryption_key(file, conf)
     collector = parse_public_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
     if collector is None and conf.collector.delivery == "collector":
         raise ConfigError(

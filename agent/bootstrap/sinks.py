@@ -45,11 +45,17 @@ def seal_to_collector(
 
 def load_encryption_key(file: Path, conf: Config, purpose: str = _ENCRYPTS) -> EncryptionKey:
     """Return the encryption key of the config; `purpose` says which section needs it. Raises ConfigError."""
-    key = "collector.encryption_key"
-    if not conf.collector.encryption_key:
+    key = find_encryption_key(file, conf)
+    if key is None:
         problem = f"empty: {purpose} to it; copy it from the fleet's folder, encryption/*.pub"
-        raise ConfigError(str(file), key, problem)
+        raise ConfigError(str(file), "collector.encryption_key", problem)
+    return key
+
+
+def find_encryption_key(file: Path, conf: Config) -> EncryptionKey | None:
+    """Return the encryption key of the config, if it has one. Raises ConfigError."""
     try:
-        return parse_encryption_key(conf.collector.encryption_key)
+        return parse_encryption_key(text) if (text := conf.collector.encryption_key) else None
     except ValueError as error:
-        raise ConfigError(str(file), key, f"not a key: {error}; copy it again from encryption/*.pub") from None
+        problem = f"not a key: {error}; copy it again from encryption/*.pub"
+        raise ConfigError(str(file), "collector.encryption_key", problem) from None

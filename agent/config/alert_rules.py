@@ -202,8 +202,9 @@ class _RuleChecker:
         self._check_comparisons()
         if rule.unchanged is not None and rule.for_ is not None:
             self._fail("for", "`unchanged` says how long by itself; remove `for`")
-        confirmation = self._parse("for" if rule.unchanged is None else "unchanged", lambda _: rule.confirmation)
-        for member, seconds in (("for", confirmation.duration_s), ("hold", float(rule.hold))):
+        confirming = "for" if rule.unchanged is None else "unchanged"
+        confirmation = self._parse(confirming, lambda _: rule.confirmation)
+        for member, seconds in ((confirming, confirmation.duration_s), ("hold", float(rule.hold))):
             if seconds > MAX_DURATION_S:
                 self._fail(member, "must be at most 366 d")
         self._check_summary()

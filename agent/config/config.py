@@ -1,6 +1,7 @@
 """Config of a device: all sections of its `outstation.toml`, checked against each other."""
 
 import hashlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from agent.config.device import (
 from agent.config.homeassistant import HomeAssistantConfig
 from agent.config.notify import NotifyConfig, check_notify
 from agent.config.samples import SamplesConfig
+from agent.config.sources import FilesSource
 from agent.config.streams import StreamConfig, check_stream, with_media_fields
 from agent.config.tasks import TaskConfig, check_task
 from agent.config.updates import UpdatesConfig
@@ -89,7 +91,11 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
         check_stream(file, name, stream)
     for name, task in config.tasks.items():
         check_task(file, name, task, streams)
-    return _with_absolute_paths(msgspec.structs.replace(config, streams=streams), path.resolve().parent)
+    config = _with_absolute_paths(msgspec.structs.replace(config, streams=streams), path.resolve().parent)
+    for name, stream in config.streams.items():
+        if isinstance(stream.source, FilesSource):
+            _check_watched_folder(path, f"streams.{name}.source.folder", Path(stream.source.folder), config.data_dir)
+    return config
 
 
 def digest(config: Config) -> str:
@@ -122,6 +128,14 @@ def _check_bridge(file: str, config: Config, bridge: HomeAssistantConfig) -> Non
     if config.privacy.encrypt:
         problem = "is missing: [privacy] encrypt hides results from the fleet's broker"
         raise ConfigError(file, key, f"{problem}; {fix}, or remove [homeassistant]")
+
+
+def _check_watched_folder(file: Path, key: str, folder: Path, data_dir: Path) -> None:
+    """Check that a stream does not read the daemon's own files as data. Raises ConfigError."""
+    for content, path in (("this config", file), ("[device] data_dir", data_dir)):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            problem = f"{folder} contains {content}, whose files are no data; name a folder that holds data only"
+            raise ConfigError(str(file), key, problem)
 
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:

@@ -56,7 +56,7 @@ class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
     """
 
     folder: str
-    """Folder to watch."""
+    """Folder to watch; it contains neither this config nor `data_dir`."""
     poll_interval: Duration = Duration(2.0)
     """How often to look for new files."""
     image: ImageFormat | None = None

@@ -54,7 +54,7 @@ def send(target: EmailTarget, message: Notification) -> None:
     except smtplib.SMTPRecipientsRefused as error:
         _check_recipients(name, error.recipients, len(target.to))
     except smtplib.SMTPResponseException as error:
-        problem = f"{name}: answers {error.smtp_code} {_decode(error.smtp_error)}"
+        problem = f"{name}: answers {error.smtp_code} {_decode(error.smtp_error)}".rstrip()
         raise SendFailed(problem, is_rejected=error.smtp_code in (552, 554)) from None
     except (OSError, smtplib.SMTPException, UnicodeError) as error:
         raise SendFailed(f"{name}: {describe(error)}") from None

@@ -82,7 +82,7 @@ def _check(target: WebhookTarget, response: http.client.HTTPResponse, answer: by
         raise SendFailed(f"{_name(target)}: {problem}")
     text = shorten(answer.decode(errors="replace"), 200)
     raise SendFailed(
-        f"{_name(target)}: answers {response.status} {text}",
+        f"{_name(target)}: answers {response.status} {text}".rstrip(),
         is_rejected=response.status in _REJECTING,
         retry_after_s=_parse_retry_after(response.headers.get("Retry-After", "")),
     )

@@ -126,6 +126,13 @@ def test_the_key_that_messages_are_sealed_to_is_checked(tmp_path: Path, key: str
         assert (refused.returncode, words in refused.stderr) == (2, True)
 
 
+def test_a_damaged_encryption_key_is_refused_although_nothing_is_sealed_to_it_yet(tmp_path: Path) -> None:
+    file = device(tmp_path, HOST.format(field="memory"))
+    file.write_text(file.read_text(encoding="utf-8").replace('"broker"', '"broker"\nencryption_key = "x"'))
+    for done in (call_outstation("check", "-c", str(file)), call_outstation("run", "-c", str(file))):
+        assert (done.returncode, "collector.encryption_key: not a key" in done.stdout + done.stderr) == (2, True)
+
+
 LOOP = """
 [streams.watch]
 fields = [{{ name = "ax" }}]

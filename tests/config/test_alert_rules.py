@@ -54,6 +54,7 @@ def load(folder: Path, rule: str) -> config.Config:
         ('name = "x"\nlabel = "a"\nfor = "0 s"', "alerts[0].for", "must be positive"),
         ('name = "x"\nlabel = "a"\nfor = "9000 d"', "alerts[0].for", "at most 366 d"),
         ('name = "x"\nlabel = "a"\nhold = "9000 d"', "alerts[0].hold", "at most 366 d"),
+        ('name = "x"\nunchanged = "9000 d"', "alerts[0].unchanged", "at most 366 d"),
         ('name = "x"\nunchanged = "1 windows"', "alerts[0].unchanged", "from 2 to 1000 windows"),
         ('name = "x"\nunchanged = "2 h"\nfor = "3 of 5"', "alerts[0].for", "remove `for`"),
         ('name = "x"\nlabel = "a"\nclear = "< 1"', "alerts[0].clear", "so remove it"),

@@ -284,6 +284,12 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "files, host, mqtt, replay, socket",
         ),
         (STREAM + "source = { folder = 'x' }", "streams.watch.source.kind", "this key is required; add it"),
+        *(
+            (STREAM + f"source = {{ kind = 'files', folder = '{folder}' }}", "streams.watch.source.folder", "contains")
+            for folder in ("", ".", "..", "in/..", "/", "/var/lib/outstation")
+        ),
+        (STREAM + 'source = { kind = "files", folder = "a\\u0000b" }', "streams.watch.source.folder", "a NUL"),
+        ('[intake]\ntoken_file = "a\\u0000b"', "intake.token_file", "holds a NUL character"),
         (STREAM + "source = { kind = 'files' }", "streams.watch.source.folder", "this key is required; add it"),
         (
             STREAM + "source = { kind = 'host', poll_interval = '0 s' }",

@@ -36,6 +36,7 @@ class HookServer:
     def __init__(self) -> None:
         self.posts: list[Post] = []
         self.status, self.hang_s, self.drip, self.headers = 200, 0.0, False, dict[str, str]()
+        self.answer = b"no \x1b[31m" * 100
         # Called with each post before the answer.
         self.on_post: Callable[[Post], object] = lambda _: None
         outer = self
@@ -55,7 +56,7 @@ class HookServer:
                     for name, value in outer.headers.items():
                         self.send_header(name, value)
                     self.end_headers()
-                    self.wfile.write(b"no \x1b[31m" * 100)
+                    self.wfile.write(outer.answer)
 
             def log_message(self, *args: Any) -> None:
                 pass

@@ -88,6 +88,12 @@ def test_a_webhook_that_refuses_says_so_without_its_token(hook: HookServer, stat
     assert "\x1b" not in str(failed.value)
 
 
+def test_a_server_that_gives_no_reason_is_quoted_without_a_gap(hook: HookServer) -> None:
+    hook.status, hook.answer = 500, b""
+    with pytest.raises(SendFailed, match=r"answers 500$"):
+        send(WebhookTarget(url=hook.url), message())
+
+
 @pytest.mark.parametrize("right", [0o001, 0o002, 0o004])
 def test_a_secret_that_any_user_may_read_or_replace_is_exposed(tmp_path: Path, right: int) -> None:
     file = tmp_path / "secret"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,15 @@ def test_too_few_labels_do_not_count_as_clean_even_with_clean_held_out_data(tmp_
     code, text = pack(tmp_path, train, "--require-clean", held_out=held_out)
     assert code == 1
     assert "not checked for poisoning: 39 labelled windows, the checks take 100" in text
+
+
+def test_a_reference_with_labels_of_something_else_is_named_once(tmp_path: Path) -> None:
+    train = write_training(tmp_path / "train.csv")
+    spec = write_spec(tmp_path)
+    reference = tmp_path / tomllib.loads(spec.read_text())["reference"]
+    reference.write_text(train.read_text().replace(LABELS[1], "elsewhere"))
+    result = CliRunner().invoke(command, ["pack", str(spec), "-o", str(tmp_path / "out")])
+    assert f"{reference.name}: not checked for poisoning: column label: 'elsewhere'" in result.stdout
 
 
 def test_the_bundle_does_not_depend_on_how_the_training_data_is_named(tmp_path: Path) -> None:

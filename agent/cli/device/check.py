@@ -113,6 +113,8 @@ def _check_sources(file: Path, conf: Config) -> Iterator[CheckResult]:
 def _check_keys(file: Path, conf: Config) -> str:
     lists = [(f"operators.{name}", getattr(conf.operators, name)) for name in ("keys", "deployers", "reporters")]
     lists.append(("publishers.keys", conf.publishers.keys))
+    # A key that nothing is sealed to yet is used once `encrypt` is set.
+    sinks.find_encryption_key(file, conf)
     count = sum(len(tasks.parse_public_keys(file, key, texts)) for key, texts in lists)
     return f"{count} of operators and publishers"
 

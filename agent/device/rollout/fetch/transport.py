@@ -186,7 +186,8 @@ class HttpTransport:
                 f"{name}: the server redirects to {location!r} ({response.status}), which is not followed; if the "
                 "repository is there, set [updates] url"
             )
-        return f"{name}: the server answers {response.status} {response.reason[:80]!r}"
+        reason = f" {response.reason[:80]!r}" if response.reason else ""
+        return f"{name}: the server answers {response.status}{reason}"
 
 
 class FolderTransport:
