@@ -74,7 +74,8 @@ def _terminal_width() -> int:
 def _wrap(text: str, width: int, indent: int) -> Iterator[str]:
     """Yield lines of at most `width` columns, but for longer words."""
     line = ""
-    for word in re.findall(_WORD, text):
+    # Spaces at the end, which are in no word, would be tried from each of them.
+    for word in re.findall(_WORD, text.rstrip(" ")):
         if line and count_columns(re.sub(_STYLE, "", line + word)) > width:
             yield line
             line = " " * indent + word.lstrip(" ")

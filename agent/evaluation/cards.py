@@ -118,6 +118,10 @@ class EvaluationCard(msgspec.Struct, frozen=True):
         return page.render_document(self.title, body)
 
 
+# Files of the cards in their folder.
+FILES = ("MODEL_CARD.md", "MODEL_CARD.html", "DATA_CARD.md", "DATA_CARD.html")
+
+
 def build_cards(evaluation: Evaluation, texts: CardTexts) -> dict[str, EvaluationCard]:
     """Return the cards by file name, without suffix."""
     return {"MODEL_CARD": model_card(evaluation, texts.card), "DATA_CARD": data_card(evaluation, texts.data)}

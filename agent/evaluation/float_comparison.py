@@ -60,7 +60,7 @@ def compare(
         agreement=_agreement(own, other, units),
         max_output_difference=round_or_none(float(differences.max())) or 0.0,
         mean_output_difference=round_or_none(float(differences.mean())) or 0.0,
-        float_metric=metrics.primary_interval(kind, metric, len(windows), units),
+        float_metric=metrics.primary_interval(kind, metric, windows.truth, units),
         metric_difference=percentile_interval(metrics.primary_metric(kind, own_predictions, units) - metric),
     )
 

@@ -77,9 +77,10 @@ def primary_metric(kind: str, predictions: LabelledPredictions, units: Bootstrap
     return np.asarray(statistic.compute(units)[0])
 
 
-def primary_interval(kind: str, values: Float64s, n: int, units: BootstrapUnits) -> IntervalEstimate:
-    """Return the interval of values (1 + replicates,) of the primary metric."""
-    return proportion_interval(values, n, units) if kind == "classify" else percentile_interval(values)
+def primary_interval(kind: str, values: Float64s, truth: Float64s, units: BootstrapUnits) -> IntervalEstimate:
+    """Return the interval of values (1 + replicates,) of the primary metric, of results with this truth (n,)."""
+    rests_on = {"classify": len(truth), "anomaly": performance_metrics.count_fewer(truth > 0)}.get(kind, 0)
+    return proportion_interval(values, rests_on, units)
 
 
 def _class_estimates(

@@ -143,7 +143,7 @@ def sweep_faults(sample: WindowSample, seed: int) -> list[RobustnessCurve]:
                 rng = np.random.default_rng([seed, round(strength * 1000)])
                 changed = kind.inject(sample.windows.copy(), strength, rng, spread, centre)
                 text, metric = kind.strength_format.format(strength), sample.reevaluate(changed)
-            value = metrics.primary_interval(sample.kind, metric, len(sample.labelled), sample.units)
+            value = metrics.primary_interval(sample.kind, metric, sample.labelled.truth, sample.units)
             points.append(RobustnessPoint(strength=text, value=value))
         curves.append(RobustnessCurve(fault=kind.name, meaning=kind.meaning, points=points))
     return curves

@@ -292,11 +292,17 @@ def _of_ranks(rank_metric: Callable[[Float64s, Bools, Float64s], float]) -> Prep
         value, is_anomaly = predictions.value, predictions.truth > 0
         if value is None:
             return None
-        fewest = int(min(is_anomaly.sum(), (~is_anomaly).sum()))
-        part = Part(len(predictions), fewest, fewest)
+        fewest = count_fewer(is_anomaly)
+        # Of anomalies alone, the average precision is 1 whatever the values are.
+        part = Part(len(predictions), fewest, fewest or len(predictions))
         return Statistic([part], lambda w: [w.apply(lambda vector: rank_metric(value, is_anomaly, vector))])
 
     return prepare
+
+
+def count_fewer(is_anomaly: Bools) -> int:
+    """Return how many results the rarer of anomalies and others has."""
+    return int(min(is_anomaly.sum(), (~is_anomaly).sum()))
 
 
 def _precision(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import socket
 import ssl
@@ -145,7 +146,10 @@ class Link:
     @property
     def traffic_bytes(self) -> int:
         """Bytes of this connection on the network, both ways, with TCP/IP headers, as the kernel counts them."""
-        sock: Any = self._client.socket()
+        self._count_traffic(self._client.socket())
+        return self._traffic_bytes
+
+    def _count_traffic(self, sock: Any) -> None:
         if sock is not None and sock.fileno() >= 0:
             with contextlib.suppress(OSError, struct.error):
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
@@ -154,7 +158,6 @@ class Link:
                 sent = int.from_bytes(info[_TCP_SENT_AT : _TCP_SENT_AT + 8], sys.byteorder)
                 headers = (segments_out + segments_in) * _HEADER_BYTES.get(sock.family, 0)
                 self._traffic_bytes = max(sent, acked) + received + headers
-        return self._traffic_bytes
 
     def fileno(self) -> int:
         """Return the descriptor of the connection, for select; -1 once it is closed."""
@@ -239,20 +242,24 @@ class Link:
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         try:
             # paho closes its own descriptor as soon as it has written DISCONNECT.
-            connection = socket.fromfd(self.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+            connection = socket.socket(fileno=os.dup(self.fileno()))
         except OSError:
             self._client.disconnect()
             return
-        with connection, contextlib.suppress(OSError):
-            self._client.disconnect()
-            while self._lost_reason is None and (left := deadline - time.monotonic()) > 0:
-                self._tick(left)
-            connection.shutdown(socket.SHUT_WR)
-            readable = select.poll()
-            readable.register(connection, select.POLLIN)
-            while (left := deadline - time.monotonic()) > 0 and readable.poll(left * 1000):
-                if not connection.recv(_DISCARDED_BYTES):
-                    break
+        with connection:
+            with contextlib.suppress(OSError):
+                self._client.disconnect()
+                while self._lost_reason is None and (left := deadline - time.monotonic()) > 0:
+                    # Nobody reads them any longer, and the broker may send without end.
+                    self._events.clear()
+                    self._tick(left)
+                connection.shutdown(socket.SHUT_WR)
+                readable = select.poll()
+                readable.register(connection, select.POLLIN)
+                while (left := deadline - time.monotonic()) > 0 and readable.poll(left * 1000):
+                    if not connection.recv(_DISCARDED_BYTES):
+                        break
+            self._count_traffic(connection)
 
     def _make_client(
         self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None, timeout_s: float

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from agent.cli.fleet.group import fleet
+from agent.cli.output import print_table
 from agent.config import BrokerConfig
 from agent.errors import UsageError
 from agent.fleet.database.ingest import Arrival
@@ -104,6 +105,15 @@ def test_a_table_is_wrapped_in_its_last_column_where_the_terminal_is_narrow(
         assert max(map(len, lines)) <= max(columns, 77)
         assert " ".join(" ".join(lines).split()) == " ".join(whole.split())
     assert lines[2].startswith(" " * 60)
+
+
+def test_spaces_at_the_end_of_a_text_cost_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    # In the square of their number, these would take minutes.
+    print_table(["device", "summary"], [["pi-07", "x" + " " * 100_000]], "")
+    assert capsys.readouterr().out.splitlines()[1:] == ["pi-07   x"]
 
 
 @pytest.mark.parametrize(("is_after", "name"), [(False, "incident"), (True, "id")])

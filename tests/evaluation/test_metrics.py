@@ -92,7 +92,9 @@ def test_an_interval_by_group_or_in_order_covers_what_one_of_shuffled_windows_do
             losses = np.where(right.ravel()[order], 0, 1)
             pairs = LabelledPredictions(np.zeros(2000), predicted=losses)
             units = bootstrap.build_units(losses.astype(np.float64), group, "person", seed)
-            report = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, units), 2000, units)
+            report = metrics.primary_interval(
+                "classify", metrics.primary_metric("classify", pairs, units), pairs.truth, units
+            )
             assert report.low is not None
             assert report.high is not None
             inside[kind] += report.low <= 0.8 <= report.high
@@ -102,7 +104,8 @@ def test_an_interval_by_group_or_in_order_covers_what_one_of_shuffled_windows_do
 
 def test_all_right_is_not_certainly_all_right() -> None:
     pairs = LabelledPredictions(np.asarray(np.arange(40) % 2, np.float64), predicted=np.arange(40) % 2)
-    report = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, alone(40)), 40, alone(40))
+    values = metrics.primary_metric("classify", pairs, alone(40))
+    report = metrics.primary_interval("classify", values, pairs.truth, alone(40))
     low, high = intervals.wilson(1.0, 40)
     assert (report.value, report.high) == (1.0, high)
     assert report.low == pytest.approx(low, rel=1e-4)
@@ -125,6 +128,26 @@ def test_no_metric_is_certainly_perfect_because_few_results_are_right() -> None:
             assert estimate.value == 1
             assert estimate.low is not None
             assert 0.6 < estimate.low < 0.97, (kind, estimate)
+
+
+def test_the_auc_of_a_robustness_curve_is_not_certainly_perfect() -> None:
+    truth = np.array([1.0] * 3 + [0.0] * 37)
+    pairs = LabelledPredictions(truth, predicted=truth.astype(np.int64), value=truth)
+    values = metrics.primary_metric("anomaly", pairs, alone(40))
+    report = metrics.primary_interval("anomaly", values, truth, alone(40))
+    assert report.value == 1.0
+    assert report.low == pytest.approx(intervals.wilson(1.0, 3)[0], rel=1e-4)
+    # Errors of numbers have no bounds.
+    assert metrics.primary_interval("regress", np.zeros(9), truth, alone(40)).high == 0.0
+
+
+def test_the_average_precision_of_anomalies_alone_is_not_certain() -> None:
+    truth = np.ones(3)
+    pairs = LabelledPredictions(truth, predicted=truth.astype(np.int64), value=truth)
+    report = metrics.compute("anomaly", [], pairs, alone(3)).metrics
+    estimate = next(each for each in report if each.metric == "average_precision")
+    assert estimate.value == 1.0
+    assert estimate.low == pytest.approx(intervals.wilson(1.0, 3)[0], rel=1e-4)
 
 
 def test_as_many_results_count_as_one_as_groups_are_alike() -> None:

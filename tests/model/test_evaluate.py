@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,30 @@ def test_wrong_options_are_one_error(tabular: Path, tmp_path: Path, options: tup
     result = run(tabular, labelled(tmp_path / "rows.csv"), "--no-latency", *options)
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
+
+
+def test_no_output_takes_the_place_of_a_file_that_is_read(tabular: Path, tmp_path: Path) -> None:
+    folder, gate = tmp_path / "data", tmp_path / "gate.toml"
+    folder.mkdir()
+    labelled(folder / "a.csv")
+    gate.write_text('require = ["accuracy >= 0"]')
+    link = tmp_path / "link.html"
+    link.symlink_to(gate)
+    bundle = tmp_path / "packed"
+    shutil.copytree(tabular, bundle)
+    (bundle / "DATA_CARD.md").write_text("of the bundle")
+    for options in (
+        ["--html", gate],
+        ["--junit", link],
+        ["--html", folder / "a.csv"],
+        ["--html", bundle / "manifest.json"],
+        ["--card", bundle],
+    ):
+        result = run(bundle, folder, "--require", gate, *options)
+        assert "would overwrite it" in str(result.exception), options
+    same = tmp_path / "same.html"
+    assert "the same file" in str(run(bundle, folder, "--require", gate, "--html", same, "--junit", same).exception)
+    assert not same.exists()
 
 
 def test_empty_or_unreadable_data_are_one_error(tabular: Path, tmp_path: Path) -> None:

@@ -161,8 +161,23 @@ def test_all_that_was_sent_before_a_close_arrives_and_no_will_although_receipts_
         reader.close()
 
 
-def test_a_broker_that_reads_nothing_delays_a_close_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqtt, "_CLOSE_TIMEOUT_S", 0.1)
+def test_the_bytes_of_a_closed_link_are_counted_to_the_end(broker: MosquittoBroker) -> None:
+    with Link(settings(broker), "writer") as link:
+        for _ in range(5):
+            link.send(OutgoingMessage("a", bytes(4000)))
+    assert link.traffic_bytes > 20_000
+
+
+def test_a_broker_that_reads_nothing_and_sends_without_end_delays_a_close_for_a_limited_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mqtt, "_CLOSE_TIMEOUT_S", 0.3)
+
+    def flood() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peers[0].sendall((b"\x30\x04\x00\x01a\x00") * 1000)
+
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -173,8 +188,13 @@ def test_a_broker_that_reads_nothing_delays_a_close_for_a_limited_time(monkeypat
         link = Link(BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x")
         for payload in (b"", bytes(20 << 20)):
             link.send(OutgoingMessage("a", payload))
+        flooding = threading.Thread(target=flood)
+        flooding.start()
         link.close()
         assert link.fileno() == -1
+        # Those of the last read.
+        assert len(link._events) <= 2
+        flooding.join()
         peers[0].close()
 
 

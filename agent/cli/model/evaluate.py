@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,11 +111,10 @@ def evaluate(
     _check_request(request, engine)
     chosen_gate = gate.read_gate(required)
     _check_files(html, folder, about, junit, has_requirements=bool(chosen_gate.requirements or against))
-    inputs = [
-        *filter(None, (data, request.train, request.float_model, about, bundle, against)),
-        *request.joined.values(),
-    ]
-    for path in filter(None, (html, junit, folder and folder / "MODEL_CARD.md")):
+    outputs = [*filter(None, (html, junit)), *(folder / name for name in cards.FILES if folder is not None)]
+    gates = [Path(text) for text in required if text.endswith(".toml")]
+    inputs = [*_list_inputs(request, [*filter(None, (bundle, against))], [*filter(None, [about]), *gates])]
+    for path in outputs:
         require_writable(path, inputs)
     texts = cards.read_texts(about) if about else cards.CardTexts()
     cluster = open_cluster(engine, address)
@@ -158,6 +158,21 @@ def _check_files(
         raise UsageError("--about is for the cards; name their folder with --card")
     if junit is not None and not has_requirements:
         raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
+    if html is not None and html == junit:
+        raise UsageError(f"{html}: --html and --junit would write the same file; name two")
+
+
+def _list_inputs(request: EvaluationRequest, bundles: Sequence[Path], files: Sequence[Path]) -> Iterator[Path]:
+    """Yield all files that the command reads: also those in folders of a bundle or of data."""
+    from agent.datasets import readers
+
+    yield from filter(None, (*files, request.float_model))
+    for path in bundles:
+        yield from path.iterdir() if path.is_dir() else [path]
+    for path in filter(None, (request.data, request.train, *request.joined.values())):
+        yield path
+        if path.is_dir():
+            yield from (file for file in path.iterdir() if file.suffix in readers.SUFFIXES)
 
 
 def _write_files(

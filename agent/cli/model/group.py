@@ -140,8 +140,9 @@ def make_reference(
 
     if (bundle is None) == (spec is None):
         raise UsageError("give one of --bundle and --spec: a reference is made for a model")
-    require_writable(out, [*filter(None, (data, bundle, spec)), *joined.values()])
     model, draft, own = _load_model(bundle, spec)
+    parts = [] if bundle is None or not bundle.is_dir() else bundle.iterdir()
+    require_writable(out, [*filter(None, (data, bundle, spec)), *parts, *own.values(), *joined.values()])
     reference = packing.build_reference(data, model, draft, {**own, **joined})
     try:
         out.write_bytes(reference.to_json())

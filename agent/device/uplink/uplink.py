@@ -34,6 +34,8 @@ _BACKOFF_S = (0.5, 4.0, 60.0)
 # A session of this length, or one in which the collector answered, resets the back-off.
 _STABLE_CONNECTION_S = 60.0
 _GOODBYE_TIMEOUT_S = 1.0
+# For the last turn, and for the two seconds that a broker may take to close.
+_CLOSE_TIMEOUT_S = 3.0
 # A connect may take as long as a resolver that nobody answers, and its own timeouts.
 _HEARTBEAT_TIMEOUT_S = 120.0
 
@@ -127,7 +129,7 @@ class Uplink:
     def stop(self, drain_s: float = 2.0) -> None:
         """Stop, and wait for it; but not for a connect that hangs."""
         self.request_stop(drain_s)
-        self._thread.join(drain_s + _GOODBYE_TIMEOUT_S + 1.0)
+        self._thread.join(drain_s + _GOODBYE_TIMEOUT_S + _CLOSE_TIMEOUT_S)
 
     def run(self) -> None:
         """Connect again and again until stopped, then once more to announce it. Raises StorageError."""

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import random
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -1006,6 +1008,18 @@ def test_the_uplink_is_alive_while_it_waits_and_not_when_it_hangs(world: World) 
     assert dead == []
     world.air.clock_s += uplink._HEARTBEAT_TIMEOUT_S + 61
     assert not world.uplink.is_alive(world.air.now())
+
+
+def test_a_stop_waits_for_a_broker_that_closes_late(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is closed next, and the end of the session may write to it."""
+    connected = threading.Event()
+    monkeypatch.setattr(LossyLink, "close", lambda _: time.sleep(2.0))
+    world.air.tick_callbacks.append(lambda: connected.set() if world.uplink.state == "connected" else None)
+    monkeypatch.setattr(uplink, "_GOODBYE_TIMEOUT_S", 0.0)
+    world.uplink.start()
+    assert connected.wait(60)
+    world.uplink.stop(0.0)
+    assert not world.uplink._thread.is_alive()
 
 
 def test_an_acknowledgement_is_taken_on_its_own_topic_only(world: World) -> None:
