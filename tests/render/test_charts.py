@@ -119,7 +119,7 @@ def test_a_long_name_of_a_forest_plot_is_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["軸受の温度センサー" * 9, "펌프" * 40, "x" * 99])
-def test_long_names_in_wide_characters_end_within_the_chart(name: str) -> None:
+def test_long_east_asian_names_end_within_the_chart(name: str) -> None:
     shown = truncate_text(name, 12.5, 360.0)
     assert shown.endswith("…")
     assert 350 < text_width(shown, 12.5) <= 360
