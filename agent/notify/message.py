@@ -137,8 +137,10 @@ def _describe(change: Change, zone: ZoneInfo) -> str:
     state = {"raised": alert.severity if alert.revision == 1 else f"{alert.severity}, worse", "reminder": "still open"}
     lines = [f"[{state.get(change.pending, 'cleared')}] {where}: {shorten(alert.summary, MAX_SUMMARY)}"]
     since = f"since {_local(alert.raised, zone)}"
-    if change.pending == "cleared" and alert.cleared_summary:
-        since += f", cleared {_local(alert.updated, zone)}: {shorten(alert.cleared_summary, MAX_SUMMARY)}"
+    if change.pending == "cleared" and alert.cleared_summary is not None:
+        since += f", cleared {_local(alert.updated, zone)}"
+        if alert.cleared_summary:
+            since += f": {shorten(alert.cleared_summary, MAX_SUMMARY)}"
     elif change.pending == "cleared":
         since += "; no message cleared it: another log took the place of its log, or the device was removed"
     lines.append("  " + since)

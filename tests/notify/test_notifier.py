@@ -153,6 +153,19 @@ def test_an_alert_of_a_log_that_ended_is_over_at_no_certain_time(store: FleetSto
     assert "UTC; no message cleared it: another log took the place of its log" in text
 
 
+def test_an_alert_that_a_message_without_a_text_cleared_is_over_at_its_time(
+    store: FleetStore, hook: HookServer
+) -> None:
+    desk = Desk(store, hook)
+    desk.alert()
+    desk.turn()
+    desk.add("pi-07", lambda sender: sender.alert(state="cleared", summary=""))
+    desk.turn()
+    [text] = [document["text"] for document in desk.documents() if document["kind"] == "recovery"]
+    assert "UTC, cleared 20" in text
+    assert "no message cleared it" not in text
+
+
 def test_an_alert_that_becomes_worse_is_sent_again(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     desk.alert()

@@ -91,7 +91,7 @@ class FleetAlertSource:
             seq=incident.raised_seq,
             title=kind.title if kind else "",
             action=kind.action if kind else "",
-            cleared_summary=incident.cleared_summary or "",
+            cleared_summary=incident.cleared_summary,
             is_muted=incident.muted is not None,
             is_acknowledged=incident.acknowledged is not None,
             is_event=kind is not None and kind.is_event,
