@@ -14,7 +14,7 @@ import msgspec
 from agent import config
 from agent.errors import ConfigError
 from agent.evaluation import tables
-from agent.evaluation.document import Evaluation
+from agent.evaluation.document import Evaluation, name_fields
 from agent.evaluation.tables import Row, format_estimate, to_texts
 from agent.performance.metrics import display_name
 from agent.performance.slices import SMALL
@@ -182,6 +182,7 @@ def data_card(evaluation: Evaluation, texts: DataCardText) -> EvaluationCard:
         f"{data.rows:,} rows, {data.windows:,} windows with a label (column {data.label}){groups}.",
         CardTable(("File", "Rows"), [(source.file, source.rows) for source in data.files[:_MAX_ROWS]]),
         CardTable(("Field", "Unit"), list(zip(model.fields, model.units, strict=False))),
+        CardTable(("Joined input", "Fields"), [(name, ", ".join(fields)) for name, fields in model.inputs.items()]),
         CardTable(("Label", "Windows"), list(data.counts.items())[:_MAX_ROWS]),
         CardTable(("Split", "Windows"), list(data.splits.items())[:_MAX_ROWS]),
         texts.sampling,
@@ -203,18 +204,17 @@ def data_card(evaluation: Evaluation, texts: DataCardText) -> EvaluationCard:
 
 def _detail_rows(evaluation: Evaluation, texts: ModelCardText) -> list[Row]:
     model = evaluation.model
-    unit = dict(zip(model.fields, model.units, strict=False))
-    fields = [f"{name} ({unit[name]})" if unit.get(name) else name for name in model.fields]
-    if len(fields) > _MAX_FIELDS:
-        fields = [fields[0], "…", f"{fields[-1]}: {len(fields)}"]
+    joined = [f"{name}: {_list_fields(fields)}" for name, fields in model.inputs.items()]
     details = {
         "Kind": model.kind,
         "Version": model.version,
         # Not the bundle's digest or signature: a card that is packed into the bundle changes both.
         "Model": f"{model.bytes:,} bytes, {model.sha256}",
         "Input": f"{model.window[0]} rows, a window every {model.window[1]}" if model.window else "one row",
-        "Fields": ", ".join(fields),
+        "Fields": _list_fields(name_fields(model.fields, model.units)),
+        "Joined inputs": "; ".join(joined),
         "Labels": ", ".join(model.labels),
+        "Further outputs": ", ".join(f"{name} ({kind})" for name, kind in model.outputs.items()),
         "Threshold": "" if model.threshold is None else f"{model.threshold:g}",
         "Temperature of the scores": "" if model.temperature == 1 else f"{model.temperature:g}",
         "Developed by": texts.developed_by,
@@ -223,6 +223,11 @@ def _detail_rows(evaluation: Evaluation, texts: ModelCardText) -> list[Row]:
         "Citation": texts.citation,
     }
     return [(name, text) for name, text in details.items() if text]
+
+
+def _list_fields(fields: list[str]) -> str:
+    shown = fields if len(fields) <= _MAX_FIELDS else [fields[0], "…", f"{fields[-1]}: {len(fields)}"]
+    return ", ".join(shown)
 
 
 def _labelled_text(name: str, text: str) -> str:

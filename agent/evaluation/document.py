@@ -5,6 +5,8 @@ Every `low` and `high` is an end of a 95 % interval, None if there is none.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -20,8 +22,16 @@ class IntervalEstimate(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None = None
 
 
+def name_fields(fields: Sequence[str], units: Sequence[str]) -> list[str]:
+    """Return each field, with its unit in brackets; fewer `units` than fields: the rest have none."""
+    return [f"{name} ({unit})" if unit else name for name, unit in itertools.zip_longest(fields, units)]
+
+
 class EvaluatedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """Bundle; `window` is (rows, step), `bytes` and `sha256` are of the model in it. `output`: a further one."""
+    """Bundle; `window` is (rows, step), `bytes` and `sha256` are of the model in it. `output`: a further one.
+
+    `inputs`: fields of each joined input, with their units in brackets. `outputs`: kind of each further output.
+    """
 
     name: str
     output: str = ""
@@ -32,7 +42,9 @@ class EvaluatedModel(msgspec.Struct, frozen=True, kw_only=True):
     signature: str
     fields: list[str]
     units: list[str]
+    inputs: dict[str, list[str]] = {}
     labels: list[str]
+    outputs: dict[str, str] = {}
     window: tuple[int, int] | None
     threshold: float | None
     temperature: float

@@ -69,7 +69,7 @@ def _check_recipients(name: str, refused: dict[str, tuple[int, bytes]], wanted: 
     if len(refused) < wanted:
         return
     code, text = next(iter(refused.values()))
-    raise SendFailed(f"{name}: refuses all {wanted} recipients: {code} {_decode(text)}")
+    raise SendFailed(f"{name}: refuses all {wanted} recipients: {code} {_decode(text)}".rstrip())
 
 
 def _decode(answer: bytes | str) -> str:

@@ -5,29 +5,34 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from agent.text import printable, printable_lines
+from agent.text import count_columns, printable, printable_lines
 
 FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 Point = tuple[float, float]
-_GLYPH_WIDTH = 0.505  # average, relative to the font size
+_GLYPH_WIDTH = 0.505  # average, relative to the font size; East Asian wide characters take two
 
 
 def text_width(text: str, size: float) -> float:
     """Return the approximate width in pixels."""
-    return len(text) * size * _GLYPH_WIDTH
+    return count_columns(text) * size * _GLYPH_WIDTH
 
 
 def truncate_text(text: str, size: float, width: float) -> str:
-    max_chars = max(1, int(width / (size * _GLYPH_WIDTH)))
-    return text if len(text) <= max_chars else text[: max_chars - 1].rstrip() + "…"
+    max_columns = max(1, int(width / (size * _GLYPH_WIDTH)))
+    if count_columns(text) <= max_columns:
+        return text
+    cut = text[: max_columns - 1]
+    while count_columns(cut) > max_columns - 1:
+        cut = cut[:-1]
+    return cut.rstrip() + "…"
 
 
 def wrap_text(text: str, size: float, width: float) -> list[str]:
     """Return at most two lines. The second one ends in an ellipsis if text is left."""
-    max_chars, lines, words = max(1, int(width / (size * _GLYPH_WIDTH))), [""], text.split(" ")
+    max_columns, lines, words = max(1, int(width / (size * _GLYPH_WIDTH))), [""], text.split(" ")
     for i, word in enumerate(words):
         longer = f"{lines[-1]} {word}".lstrip()
-        if len(longer) <= max_chars:
+        if count_columns(longer) <= max_columns:
             lines[-1] = longer
         elif len(lines) == 2:
             rest = " ".join([lines[-1], *words[i:]])

@@ -7,24 +7,16 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import click
 
 from scripts.soaks import Result
-from scripts.soaks.alert_truth import alert_truth
-from scripts.soaks.day import day
-from scripts.soaks.fleet import fleet
-from scripts.soaks.offline import offline
 
-# Each soak and its default duration in simulated hours; that of `fleet` is ten minutes of real time.
-SOAKS: dict[str, tuple[Callable[[Path, int, float, Callable[[str], None]], Result], float]] = {
-    "alert-truth": (alert_truth, 2.0),
-    "day": (day, 24.0),
-    "fleet": (fleet, 1 / 6),
-    "offline": (offline, 72.0),
-}
+# Each soak, whose module and function have its name, and its default duration in simulated hours; that of `fleet` is
+# ten minutes of real time.
+SOAKS = {"alert-truth": 2.0, "day": 24.0, "fleet": 1 / 6, "offline": 72.0}
 
 
 @click.command()
@@ -50,10 +42,14 @@ def main(name: str | None, hours: float | None, seed: int, as_json: bool) -> Non
 
 
 def _run(name: str, hours: float | None, seed: int, quiet: bool) -> Result:
-    soak, default_hours = SOAKS[name]
+    # Imported here: `--help` needs none of what a soak does.
+    function = name.replace("-", "_")
+    soak = getattr(import_module(f"scripts.soaks.{function}"), function)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"soak-{name}-") as folder:
-        result = soak(Path(folder), seed, hours or default_hours, lambda line: None if quiet else click.echo(line))
+        result: Result = soak(
+            Path(folder), seed, hours or SOAKS[name], lambda line: None if quiet else click.echo(line)
+        )
     if not quiet:
         click.echo(f"{name}: {'passed' if result.passed else 'FAILED'} in {time.monotonic() - began:.0f} s")
         for problem in result.problems:

@@ -10,6 +10,7 @@ import re
 import stat
 import tarfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -602,3 +603,17 @@ def test_nothing_is_made_or_enrolled_while_the_clock_is_not_set(tmp_path: Path) 
         with pytest.raises(UsageError, match="is not set"):
             enrol(tmp_path / "acme", config, store, "pi-01", bundle=tmp_path / "pi-01.tar.gz")
         assert store.enrolled_devices() == []
+
+
+def test_no_certificate_is_issued_or_renewed_while_the_clock_is_not_set(
+    config: FleetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.ca is not None
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    monkeypatch.setattr(pki, "_now", lambda: datetime(1970, 1, 1, tzinfo=UTC))
+    with pytest.raises(UsageError, match="is not set, it is 1970-01-01"):
+        authority.issue_client("pi-07", "acme")
+    with pytest.raises(UsageError, match="is not set"):
+        pki.create_authority("acme")
+    # A revocation does not wait for a time server.
+    assert b"X509 CRL" in authority.build_crl([], [7])

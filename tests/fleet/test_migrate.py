@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from agent.cli.fleet.group import fleet
 from agent.config import BrokerConfig
-from agent.errors import StorageError, UsageError
+from agent.errors import StorageBusy, StorageError, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.maintenance import copying
@@ -110,6 +110,38 @@ def test_a_source_that_changed_in_between_is_copied_anew(source: FleetStore, tar
     fill(source, MessageSender("pi-09"))
     copying.copy(source, target)
     assert contents(source, target) == contents(source, source)
+
+
+@pytest.mark.parametrize("place", ["source", "target"])
+def test_the_database_of_a_running_collector_is_not_copied(
+    tmp_path: Path, source: FleetStore, postgres_server: PostgresServer, place: str
+) -> None:
+    init_fleet(tmp_path / "acme", FLEET, BrokerConfig())
+    url = postgres_server.create_database()
+    arguments = [
+        "migrate",
+        "--from",
+        f"sqlite:///{tmp_path / 'fleet.db'}",
+        "--to",
+        url,
+        "--dir",
+        str(tmp_path / "acme"),
+    ]
+    with FleetStore(tmp_path / "fleet.db" if place == "source" else url) as collecting:
+        assert collecting.join_collectors() == 1
+        with pytest.raises(UsageError, match="a collector runs on it"):
+            CliRunner().invoke(fleet, arguments, catch_exceptions=False)
+    with FleetStore(url) as target:
+        assert contents(source, target) != contents(source, source)
+    assert CliRunner().invoke(fleet, arguments).exit_code == 0
+
+
+def test_no_collector_starts_on_a_database_that_is_copied(source: FleetStore, tmp_path: Path) -> None:
+    with FleetStore(tmp_path / "fleet.db") as copying_store:
+        assert copying_store.exclude_collectors()
+        with pytest.raises(StorageBusy, match="collect into the new database"):
+            source.join_collectors()
+    assert source.join_collectors() == 1
 
 
 def test_a_target_with_rows_is_refused(source: FleetStore, target: FleetStore) -> None:

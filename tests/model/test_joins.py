@@ -16,6 +16,7 @@ from agent.authoring import pack
 from agent.cli.model.group import model as command
 from agent.datasets import joined_rows
 from agent.errors import BadBundle, UsageError
+from agent.evaluation import cards
 from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle
 from agent.model.bundle.manifest import JoinedInput
@@ -137,6 +138,10 @@ def test_files_are_joined_alike_in_blocks_and_whole_and_evaluated(tmp_path: Path
     (tmp_path / "labelled.csv").write_text("\n".join(labelled) + "\n")
     measured = evaluated(tmp_path / "bundle", tmp_path / "labelled.csv", joined=files, robustness=True)
     assert {m.metric: m.value for m in measured.metrics}["accuracy"] == 1.0
+    card, data_card = (card.to_markdown() for card in cards.build_cards(measured, cards.CardTexts()).values())
+    assert "| Joined inputs | weather: air |" in card
+    assert "| Further outputs | flags (classify), wear (regress) |" in card
+    assert "| weather | air |" in data_card
     with pytest.raises(UsageError, match=r"input weather: .*no column air.* --join weather=FILE"):
         evaluated(tmp_path / "bundle", tmp_path / "labelled.csv")
     with pytest.raises(UsageError, match="no such further input, it has weather"):

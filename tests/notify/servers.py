@@ -78,12 +78,12 @@ def is_idle(notifier: Notifier) -> bool:
 
 
 class Mailbox:
-    """An SMTP server that keeps what it accepts; `answer` replaces its answer to the message."""
+    """An SMTP server that keeps what it accepts; `answer` and `recipient_answer` replace its answers."""
 
     def __init__(self, folder: Path, *, security: str, password: str | None = None) -> None:
         self.mails: list[EmailMessage] = []
         self.envelopes: list[Envelope] = []
-        self.answer = "250 OK"
+        self.answer = self.recipient_answer = "250 OK"
         self._password = password
         context = make_tls(folder)
         options: dict[str, Any] = {"auth_required": password is not None, "authenticator": self._authenticate}
@@ -96,6 +96,13 @@ class Mailbox:
         )
         self._controller.start()
         self.port = self._controller.port
+
+    async def handle_RCPT(
+        self, server: Any, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        if self.recipient_answer.startswith("250"):
+            envelope.rcpt_tos.append(address)
+        return self.recipient_answer
 
     async def handle_DATA(self, server: Any, session: Session, envelope: Envelope) -> str:
         self.envelopes.append(envelope)

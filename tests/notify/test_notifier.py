@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.notify_source import NOTIFIER_JOB, FleetAlertSource, open_source
+from agent.notify import delivery, queue
 from agent.notify import notifier as notifying
-from agent.notify import queue
 from agent.notify.alert_state import AlertSource, AlertState
 from agent.notify.notifier import Notifier, NotifierThread
 from agent.quantities import Duration
@@ -364,12 +365,17 @@ def test_a_message_that_the_target_rejects_does_not_block_the_next(store: FleetS
         assert queue.load_targets(db)["hook"].rejected == 1
 
 
-def test_a_target_that_hangs_delays_no_other(store: FleetStore, hook: HookServer) -> None:
+def test_a_target_that_hangs_delays_no_other(
+    store: FleetStore, hook: HookServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Longer than the test waits: nothing but another thread may send to the other.
+    monkeypatch.setattr("agent.notify.webhook.TIMEOUT_S", 600.0)
+    monkeypatch.setattr("agent.notify.webhook.limit_total", partial(delivery.limit_total, seconds=600.0))
     with hook_server() as other:
         desk = Desk(store, hook, targets={"other": WebhookTarget(url=other.url)})
         desk.config.routes.append(NotifyRoute(targets=["other"]))
         answer = threading.Event()
-        hook.on_post = lambda _: answer.wait(60)
+        hook.on_post = lambda _: answer.wait(600)
         desk.alert()
         desk.now_s += 2
         desk.notifier.tick()

@@ -185,6 +185,12 @@ def test_mail_that_the_server_refuses_fails(tmp_path: Path) -> None:
         with pytest.raises(SendFailed) as failed:
             send(target, message())
         assert failed.value.is_rejected
+        box.answer = "552"
+        with pytest.raises(SendFailed, match=r"answers 552$"):
+            send(target, message())
+        box.recipient_answer = "550"
+        with pytest.raises(SendFailed, match=r"refuses all 1 recipients: 550$"):
+            send(target, message())
 
 
 def test_a_server_that_does_not_listen_is_named_with_a_remedy() -> None:

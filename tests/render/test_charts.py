@@ -19,6 +19,7 @@ from agent.render.charts import (
     render_heatmap,
     render_reliability,
 )
+from agent.render.svg import text_width, truncate_text
 from agent.render.theme import DARK_THEME, LIGHT_THEME, css_variables
 
 shares = st.floats(0, 1)
@@ -115,3 +116,11 @@ def test_a_long_name_of_a_forest_plot_is_whole() -> None:
     name = "building = north wing, floor 4, machine"
     rows = [ForestRow(name, 0.5, 0.4, 0.6, "0.5 of 9"), ForestRow("short", 0.5, 0.4, 0.6, "0.5 of 9")]
     assert f">{name}</text>" in render_forest("Slices", rows)
+
+
+@pytest.mark.parametrize("name", ["軸受の温度センサー" * 9, "펌프" * 40, "x" * 99])
+def test_long_east_asian_names_end_within_the_chart(name: str) -> None:
+    shown = truncate_text(name, 12.5, 360.0)
+    assert shown.endswith("…")
+    assert 350 < text_width(shown, 12.5) <= 360
+    assert shown in render_forest("Slices", [ForestRow(name, 0.5, 0.4, 0.6, "0.5 of 9")])

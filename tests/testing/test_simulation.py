@@ -193,6 +193,8 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
         ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[0\]\.devices: no device"),
         ('events = [{ kind = "outrage", at = "2 s" }]', "outrage"),
         ('start = "2020-01-01T00:00:00Z"', "start: before"),
+        ('start = "9999-06-01T00:00:00Z"', "start: the run would end after 2100"),
+        ('start = "2099-12-31T23:00:00Z"', "start: the run would end after 2100"),
         ("labels.sense = {}", r"labels\.sense: no task 'sense'"),
         ("seeds = 3", "seeds"),
         ("network.loss = 2", r"network\.loss: must be at most 1"),

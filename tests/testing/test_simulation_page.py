@@ -100,6 +100,13 @@ def test_devices_with_the_same_phases_of_a_rollout_share_a_row() -> None:
     assert "hall-1001" in text
 
 
+def test_the_outcome_of_a_rollout_is_a_warning_only_where_another_was_expected() -> None:
+    report = _report("x")
+    for ends, state in (("rolled-back", "ok"), ("completed", "warning")):
+        report["events"][1] |= {"outcome": "rolled-back", "ends": ends}
+        assert f'<span class="state {state}">rolled-back</span>' in render(report)
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_screen_shows_the_whole_timeline(tmp_path: Path, browser: Any, width: int) -> None:
     (tmp_path / "report.html").write_text(render(_report("workshop-north-017")))

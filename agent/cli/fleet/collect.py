@@ -56,6 +56,7 @@ def collect(share: str | None, leave: bool, db: str | None, home: Path) -> None:
         end_session(broker, config.fleet.name, str(share))
         return
     with open_store(config, db) as store:
+        store.join_collectors()
         if not store.enrolled_devices():
             configured = display_name(config.fleet.db)
             fix = "enrol devices: outstation fleet enrol DEVICE"

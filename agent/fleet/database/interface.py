@@ -121,6 +121,9 @@ class Database(Protocol):
     def join_collectors(self) -> int:
         """Count this process among the collectors that have the database open; return how many there are."""
 
+    def exclude_collectors(self) -> bool:
+        """Return True if no collector has the database open; SQLite keeps them out until this one is closed."""
+
     def close(self) -> None: ...
 
 

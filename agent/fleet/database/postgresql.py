@@ -126,6 +126,9 @@ class PostgresqlDatabase:
         self.execute("SELECT pg_try_advisory_lock_shared(hashtext(current_schema()), hashtext('collectors'))")
         return int(self.execute(_COUNT_COLLECTORS).fetchone()[0])
 
+    def exclude_collectors(self) -> bool:
+        return int(self.execute(_COUNT_COLLECTORS).fetchone()[0]) == 0
+
     @contextlib.contextmanager
     def _begin(self, begin: str) -> Iterator[PostgresqlConnection]:
         with self._translate_errors():

@@ -135,6 +135,7 @@ class SqliteDatabase:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path, self.read_only, self.name = path, read_only, display_name(path)
         self._lock: int | None = None
+        self._collectors: int | None = None
         if read_only and not path.exists():
             raise UsageError(f"{path}: no database here yet; `outstation fleet enrol DEVICE` creates it")
         try:
@@ -164,9 +165,9 @@ class SqliteDatabase:
         with contextlib.suppress(StorageError), self.lock_exclusively():
             self.connection.close()
         self.connection.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        for file in filter(None, (self._lock, self._collectors)):
+            os.close(file)
+        self._lock = self._collectors = None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[SqliteConnection]:
@@ -211,7 +212,31 @@ class SqliteDatabase:
         return True
 
     def join_collectors(self) -> int:
+        """Return 1. Raises StorageBusy while the database is copied to another one."""
+        if not self._lock_collectors(fcntl.LOCK_SH):
+            problem = "`outstation fleet migrate` copies it; when that has ended, collect into the new database"
+            raise StorageBusy(f"{self.path}: {problem}")
         return 1
+
+    def exclude_collectors(self) -> bool:
+        return self._lock_collectors(fcntl.LOCK_EX)
+
+    def _lock_collectors(self, operation: int) -> bool:
+        """Lock a file of its own until the database closes: the other one is locked for each transaction."""
+        if self._collectors is None:
+            self._collectors = self._open_lock_file(".collectors")
+        try:
+            fcntl.flock(self._collectors, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _open_lock_file(self, suffix: str) -> int:
+        file = self.path.with_name(self.path.name + suffix)
+        try:
+            return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(f"{file}: cannot be opened: {error.strerror}") from error
 
     @contextlib.contextmanager
     def lock_exclusively(self) -> Iterator[None]:
@@ -239,11 +264,7 @@ class SqliteDatabase:
         import sqlite_utils
 
         if not self.read_only:
-            lock_file = self.path.with_name(self.path.name + ".lock")
-            try:
-                self._lock = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                raise StorageError(f"{lock_file}: cannot be opened: {error.strerror}") from error
+            self._lock = self._open_lock_file(".lock")
         with self._translate_errors(), self.lock_exclusively():
             for pragma, wanted in _PRAGMAS if not self.read_only else ():
                 self.connection.execute(f"PRAGMA {pragma}")

@@ -168,6 +168,10 @@ class FleetStore:
         """Count this process among the collectors of this database; return how many there are."""
         return self._database.join_collectors()
 
+    def exclude_collectors(self) -> bool:
+        """Return True if no collector runs on this database; SQLite keeps them out until this store is closed."""
+        return self._database.exclude_collectors()
+
     def keys_version(self) -> int:
         """Return a number that grows with every change of the keys."""
         rows = self.fetch_all("SELECT +value FROM meta WHERE name = 'keys_version'")

@@ -62,7 +62,7 @@ class Enrolment(msgspec.Struct, frozen=True):
 
 def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     """Create a fleet in `folder`. Raises UsageError if it has one, or the name or URL is invalid."""
-    _require_set_clock()
+    pki.require_set_clock(clock.read().wall_us)
     check_name(str(folder / fleet_config.FILE), "fleet.name", name)
     check_broker(str(folder / fleet_config.FILE), broker)
     files = [folder / file for file in (fleet_config.FILE, "collector.key", "operator.key", "ca.key")]
@@ -107,7 +107,7 @@ def enrol(
     `bundle` is written before the database commits, and the public files after it: a killed call can be repeated.
     Raises UsageError for a name or key that is taken, and if keys are made here without a `bundle`.
     """
-    _require_set_clock()
+    pki.require_set_clock(clock.read().wall_us)
     home = device_folder(folder, device)
     enrolled = store.active_key(device)
     if request is not None:
@@ -131,15 +131,6 @@ def enrol(
     files.write_public(home)
     _let_in(folder, config, device, former)
     return Enrolment(device, key, made_by if new else None, new, home, former)
-
-
-def _require_set_clock() -> None:
-    """Raise UsageError while the clock is not set: certificates would have ended, and times of enrolment stay wrong."""
-    if (now_us := clock.read().wall_us) < clock.BUILD_FLOOR_US:
-        raise UsageError(
-            f"the clock of this machine is not set, it is {clock.to_rfc3339(now_us)[:10]}: certificates would end "
-            "before they are used; set it by NTP or `date -s`, and run this again"
-        )
 
 
 def complete(folder: Path, config: FleetConfig, device: str, packed: dict[str, bytes]) -> None:

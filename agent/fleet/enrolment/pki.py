@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from agent import input_files
+from agent import clock, input_files
 from agent.errors import UsageError
 
 CA_YEARS = 10
@@ -173,9 +173,19 @@ def _crl_number(edition: x509.CertificateRevocationList) -> int:
         return 0
 
 
+def require_set_clock(now_us: int) -> None:
+    """Raise UsageError while the clock is not set: certificates would have ended, and times of enrolment stay wrong."""
+    if now_us < clock.BUILD_FLOOR_US:
+        raise UsageError(
+            f"the clock of this machine is not set, it is {clock.to_rfc3339(now_us)[:10]}: certificates would end "
+            "before they are used; set it by NTP or `date -s`, and run this again"
+        )
+
+
 def _certificate_builder(
     subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey, end: datetime
 ) -> x509.CertificateBuilder:
+    require_set_clock(int(_now().timestamp()) * 1_000_000)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -68,13 +68,14 @@ class Condition(msgspec.Struct, frozen=True):
 class DeviceView(msgspec.Struct, frozen=True):
     """A device at one moment.
 
-    `silence_s`: time since its last message, or since its enrolment. `watched_s`: how long a collector has watched.
-    `health`: its newest health message first; only the newest, unless its backlog or its clock needs more.
+    `silence_s`: time since its last message, or since its enrolment; None if a wrong clock stored that moment.
+    `watched_s`: how long a collector has watched. `health`: its newest health message first; only the newest, unless
+    its backlog or its clock needs more.
     """
 
     status: DeviceStatus
     health: Sequence[HealthReport]
-    silence_s: float
+    silence_s: float | None
     watched_s: float
 
     @property
@@ -84,6 +85,15 @@ class DeviceView(msgspec.Struct, frozen=True):
     @property
     def newest(self) -> HealthReport | None:
         return self.health[0] if self.health else None
+
+    def is_silent(self, limit_s: float, watch_s: float, *, is_open: bool) -> bool:
+        """Return True after `limit_s` of silence, of which `watch_s` were watched.
+
+        While no collector watched nothing could arrive; but what was silent before has not spoken.
+        """
+        if self.silence_s is None:
+            return is_open or self.watched_s > limit_s
+        return self.silence_s > limit_s and (is_open or self.watched_s > watch_s)
 
 
 def parse_health(payload: bytes, received: str) -> HealthReport | None:
@@ -111,31 +121,30 @@ def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
     if status.state == "stopped":
         return None
     if status.last_seen is None:
-        return _check_unseen(view)
+        return _check_unseen(view, is_open=is_open)
     interval_s = min(view.newest.interval_s, _MAX_INTERVAL_S) if view.newest else HealthReport("").interval_s
     limit_s = silence_limit_s(interval_s)
-    # While no collector watched nothing could arrive; but what was silent before has not spoken.
-    if view.silence_s <= limit_s or (view.watched_s <= limit_s and not is_open):
+    if not view.is_silent(limit_s, limit_s, is_open=is_open):
         return None
     how = "; the broker reports that its connection broke" if status.state == "offline" else ""
     summary = (
-        f"Nothing has arrived from {view.device} since {status.last_seen[:10]} {status.last_seen[11:19]} UTC, although "
-        f"its health messages promise one each {format_duration(interval_s * 1e6)}{how}. Look at its power and network "
-        "first."
+        f"Nothing has arrived from {view.device} since {_format_moment(view, status.last_seen)}, although its health "
+        f"messages promise one each {format_duration(interval_s * 1e6)}{how}. Look at its power and network first."
     )
     return Condition(DEVICE_SILENT, view.device, summary, "critical")
 
 
-def _check_unseen(view: DeviceView) -> Condition | None:
-    if view.silence_s <= UNSEEN_LIMIT_S or view.watched_s <= silence_limit_s(HealthReport("").interval_s):
+def _format_moment(view: DeviceView, stored: str) -> str:
+    return f"{stored[:10]} {stored[11:19]} UTC" if view.silence_s is not None else "a day that a wrong clock gave"
+
+
+def _check_unseen(view: DeviceView, *, is_open: bool) -> Condition | None:
+    if not view.is_silent(UNSEEN_LIMIT_S, silence_limit_s(HealthReport("").interval_s), is_open=is_open):
         return None
-    enrolled = view.status.enrolled
-    since = f"on {enrolled[:10]} {enrolled[11:19]} UTC"
-    if clock.parse_rfc3339(enrolled) < clock.BUILD_FLOOR_US:
-        since = "by a machine whose clock was not set"
+    moment = _format_moment(view, view.status.enrolled)
     summary = (
-        f"No valid message has arrived from {view.device} since it was enrolled {since}. Run `outstation check` there, "
-        "or `outstation fleet remove` if it is not to come."
+        f"No valid message has arrived from {view.device} since it was enrolled on {moment}. Run `outstation check` "
+        "there, or `outstation fleet remove` if it is not to come."
     )
     return Condition(DEVICE_SILENT, view.device, summary, "warning")
 

@@ -133,10 +133,11 @@ class IncidentMonitor:
                 stored = device_status.load_health(db, status.device, status.log, conditions.BACKLOG_MESSAGES)
                 health = [report for each in stored if (report := conditions.parse_health(*each)) is not None]
         watched_s = now.boot_s - self._watching_since_s
-        silence_us = now.wall_us - clock.parse_rfc3339(status.last_seen or status.enrolled)
+        stored_us = clock.parse_rfc3339(status.last_seen or status.enrolled)
+        silence_us = now.wall_us - stored_us
         # A time that a collector without a set clock stored, or one whose clock was far ahead, tells nothing.
-        is_known = -_MAX_STORED_AHEAD_US <= silence_us <= now.wall_us - clock.BUILD_FLOOR_US
-        return DeviceView(status, health, silence_us / 1e6 if is_known else watched_s, watched_s)
+        is_known = silence_us >= -_MAX_STORED_AHEAD_US and not stored_us < clock.BUILD_FLOOR_US <= now.wall_us
+        return DeviceView(status, health, silence_us / 1e6 if is_known else None, watched_s)
 
     def _apply(self, findings: list[Findings], now: ClockReading) -> list[str]:
         """Raise what is new or worse, and clear the open alerts of each kind whose condition is over."""

@@ -110,7 +110,11 @@ def _build_timeline(events: list[tuple[int, Mapping[str, Any]]], whole_s: float)
         devices = event["devices"]
         where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
         row = {"name": f"{number} {event['kind']} {where}", "missed": event["missed"]}
-        answers = [(percent(each["at"]), each["by"], each["summary"]) for each in event["found"]]
+        # One dot for all devices that no eye could tell apart.
+        dots: dict[tuple[float, str], str] = {}
+        for each in event["found"]:
+            dots.setdefault((round(percent(each["at"]), 1), each["by"]), each["summary"])
+        answers = [(*place, summary) for place, summary in dots.items()]
         rows.append(row | {"x": begin, "width": round(end - begin, 2), "found": answers})
     step_s = next((step for step in _TICK_STEPS if whole_s / step <= _MAX_TICKS), _TICK_STEPS[-1])
     ticks = [(percent(at), _short_span(at)) for at in range(0, int(whole_s) + 1, step_s)]

@@ -28,7 +28,8 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
     false_alarms = [alert.to_dict() for alert in attributed.false_alarms]
     for rollout in rolled:
         event = events[rollout["event"] - 1]
-        event |= {"outcome": rollout["outcome"], "lasts": rollout["ended"] and rollout["ended"] - event["at"]}
+        event |= {name: rollout[name] for name in ("outcome", "ends")}
+        event |= {"lasts": rollout["ended"] and rollout["ended"] - event["at"]}
     missed, budget = sum(len(event["missed"]) for event in events), scenario.budget.false_alarms
     problems = _list_problems(outcome, missed, len(false_alarms) > budget, rolled)
     return {

@@ -19,6 +19,7 @@ from agent import clock
 from agent.fleet import config as fleet_config
 from agent.fleet.dashboard.pages import audit
 from agent.fleet.dashboard.pages.desk import OperatorDesk
+from agent.fleet.database.ingest import Refusal
 from agent.fleet.evidence.verify.verify import verify
 from agent.fleet.rollout import actions
 from agent.fleet.rollout.actions import RolloutOperator
@@ -43,6 +44,13 @@ def test_the_fleet_shows_each_device_with_state_backlog_drift_and_alert(dashboar
     assert "exercise 1.0.0" in page
     assert ">drift</span>" in page
     assert re.search(r'data-name="Backlog">3 <a class="verified" href="/messages/pi-07/[^"]+/3"', page)
+
+
+def test_the_times_of_refused_messages_have_names_where_a_phone_shows_no_head(dashboard: ServedDashboard) -> None:
+    refusal = Refusal("pi-07", "bad signature", "", "t", b"{}", "")
+    dashboard.store.ingest([], [refusal], clock.now_rfc3339())
+    page = wait_until_shown(dashboard, "/audit", "bad signature")
+    assert re.search(r'<td data-name="First">.*<td data-name="Last">', page)
 
 
 def test_a_new_message_is_shown(dashboard: ServedDashboard) -> None:

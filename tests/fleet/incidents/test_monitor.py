@@ -152,7 +152,48 @@ def test_silence_since_an_enrolment_without_a_set_clock_counts_from_the_start(
     fleet.run(600)
     assert fleet.open() == [("pi-00", "silent", "warning")]
     [incident] = incidents.list_incidents(store, now=fleet.time())
-    assert "since it was enrolled by a machine whose clock was not set. Run" in incident.summary
+    assert "since it was enrolled on a day that a wrong clock gave. Run" in incident.summary
+
+
+@pytest.mark.parametrize("stored", ["1970-01-01T00:02:00.000000Z", "2040-01-01T00:00:00.000000Z"])
+@pytest.mark.parametrize("column", ["last_seen", "enrolled"])
+def test_an_open_alert_of_silence_outlives_a_restart_of_the_collector(
+    store: FleetStore, stored: str, column: str
+) -> None:
+    fleet = Fleet(store)
+    if column == "last_seen":
+        fleet.health()
+    with store.transaction() as db:
+        db.execute("UPDATE devices SET last_seen = ? WHERE last_seen IS NOT NULL", (stored,))
+        db.execute("UPDATE keys SET added = ?", (stored,))
+    fleet.run(DAY_S + 600 if column == "enrolled" else 600)
+    assert fleet.messages() == [("silent", "raised")]
+    fleet.run(600, monitor=IncidentMonitor(store))
+    assert fleet.messages() == [("silent", "raised")]
+    fleet.health()
+    fleet.run(60)
+    assert fleet.messages() == [("silent", "raised"), ("silent", "cleared")]
+
+
+def test_a_device_that_never_sent_anything_is_warned_of_once_over_a_restart(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.at_s = DAY_S - 600
+    fleet.run(1200)
+    fleet.run(600, monitor=IncidentMonitor(store))
+    assert fleet.messages() == [("silent", "raised")]
+
+
+def test_a_collector_without_a_set_clock_calls_no_device_silent_that_sends(
+    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(store)
+    monkeypatch.setattr("tests.fleet.incidents.test_monitor.T0_US", 120_000_000)
+    for _ in range(10):
+        fleet.health(time="2026-11-24T22:00:00.000000Z")
+        fleet.run(60)
+    assert ("silent", "raised") not in fleet.messages()
+    fleet.run(600)
+    assert ("silent", "raised") in fleet.messages()
 
 
 def test_devices_are_not_silent_because_the_collector_was_off(store: FleetStore) -> None:

@@ -45,6 +45,12 @@ def migrate(source_url: str | None, target_url: str, processes: int, home: Path,
         FleetStore(location) as source,
         FleetStore(target_location, partitions=config.fleet.partitions) as target,
     ):
+        for store in (source, target):
+            if not store.exclude_collectors():
+                problem = (
+                    "a collector runs on it, and what it acknowledges meanwhile would not be copied; stop it first"
+                )
+                raise UsageError(f"{store.name}: {problem}")
         with progress_bar("copying", source.count_messages()) as advance:
             rows = copying.copy(source, target, advance)
         with progress_bar("auditing", target.count_messages()) as advance:
