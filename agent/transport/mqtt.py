@@ -277,6 +277,7 @@ class Link:
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
+        client.on_socket_close = lambda _client, _data, sock: self._count_traffic(sock)
         client.enable_logger(self._paho_log)  # type: ignore[arg-type]
         client.on_publish = self._on_publish
         client.on_message = self._on_message
@@ -372,7 +373,7 @@ class Link:
         sock = self._client.socket()
         if sock is not None:
             sock.close()
-        self._client.on_disconnect = None
+        self._client.on_disconnect = self._client.on_socket_close = None
         # paho closes its own wake-up sockets only after they were reset.
         self._client._reset_sockets()
         self._wake_sender.close()

@@ -209,6 +209,7 @@ def test_wake_ends_a_waiting_receive_from_another_thread(broker: MosquittoBroker
 
 def test_a_killed_broker_is_link_down_after_its_last_message(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "reader")
+    link.send(OutgoingMessage("a", bytes(4000)))
     broker.kill()
 
     def until_down() -> None:
@@ -217,6 +218,8 @@ def test_a_killed_broker_is_link_down_after_its_last_message(broker: MosquittoBr
 
     with pytest.raises(LinkDown):
         until_down()
+    # What was sent since nobody asked is counted, too.
+    assert link.traffic_bytes > 4000
     with pytest.raises(LinkDown):
         link.send(OutgoingMessage("a", b"x"))
     link.close()

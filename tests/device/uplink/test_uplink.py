@@ -6,8 +6,6 @@ import contextlib
 import json
 import logging
 import random
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import new_key
 from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
+from agent.transport import mqtt
 from agent.transport.capabilities import MAX_PACKET
 from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
@@ -1012,14 +1011,10 @@ def test_the_uplink_is_alive_while_it_waits_and_not_when_it_hangs(world: World) 
 
 def test_a_stop_waits_for_a_broker_that_closes_late(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is closed next, and the end of the session may write to it."""
-    connected = threading.Event()
-    monkeypatch.setattr(LossyLink, "close", lambda _: time.sleep(2.0))
-    world.air.tick_callbacks.append(lambda: connected.set() if world.uplink.state == "connected" else None)
-    monkeypatch.setattr(uplink, "_GOODBYE_TIMEOUT_S", 0.0)
-    world.uplink.start()
-    assert connected.wait(60)
-    world.uplink.stop(0.0)
-    assert not world.uplink._thread.is_alive()
+    waits: list[float] = []
+    monkeypatch.setattr(world.uplink._thread, "join", waits.append)
+    world.uplink.stop(2.0)
+    assert waits[0] > 2.0 + uplink._GOODBYE_TIMEOUT_S + mqtt._CLOSE_TIMEOUT_S
 
 
 def test_an_acknowledgement_is_taken_on_its_own_topic_only(world: World) -> None:
