@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,8 @@ def test_a_reference_takes_the_rows_of_further_inputs_from_the_spec_or_a_file(
         result = CliRunner().invoke(command, ["reference", *map(str, (data, *source, "-o", out))])
         assert result.exit_code == 0, result.output
         assert out.read_bytes() == (joined_bundle / "reference.json").read_bytes()
-    before = spec.read_bytes()
-    result = CliRunner().invoke(command, ["reference", *map(str, (data, "--spec", spec, "-o", spec))])
-    assert "would overwrite it" in str(result.exception)
-    assert spec.read_bytes() == before
+    for file in (spec, spec.parent / tomllib.loads(spec.read_text())["model"]):
+        before = file.read_bytes()
+        result = CliRunner().invoke(command, ["reference", *map(str, (data, "--spec", spec, "-o", file))])
+        assert "would overwrite it" in str(result.exception)
+        assert file.read_bytes() == before

@@ -275,6 +275,11 @@ def test_a_scenario_with_rejected_labels_only_fails(simulate: Callable[..., dict
     assert any(rejected in problem for problem in report["problems"])
 
 
+def test_a_scenario_whose_labels_come_after_its_end_fails(simulate: Callable[..., dict[str, Any]]) -> None:
+    report = simulate("a", "good", ends="held", duration="3 min", labels={"tiny": {"column": "a", "delay": "1 h"}})
+    assert any("No label of task tiny came due: `delay`" in problem for problem in report["problems"])
+
+
 def test_labels_of_a_column_that_the_recording_lacks_are_an_error(simulate: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(UsageError, match=r"rows\.csv: has no column 'truth' for labels"):
         simulate("a", "good", labels={"tiny": {"column": "truth"}})

@@ -140,8 +140,7 @@ def make_reference(
 
     if (bundle is None) == (spec is None):
         raise UsageError("give one of --bundle and --spec: a reference is made for a model")
-    model, draft, own = _load_model(bundle, spec)
-    parts = [] if bundle is None or not bundle.is_dir() else bundle.iterdir()
+    model, draft, own, parts = _load_model(bundle, spec)
     require_writable(out, [*filter(None, (data, bundle, spec)), *parts, *own.values(), *joined.values()])
     reference = packing.build_reference(data, model, draft, {**own, **joined})
     try:
@@ -154,8 +153,10 @@ def make_reference(
     emit(document, as_json, lambda: echo(text))
 
 
-def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Manifest, dict[str, Path]]:
-    """Return the model, its manifest, and the files of further inputs that a SPEC names."""
+def _load_model(
+    bundle: Path | None, spec: Path | None
+) -> tuple[TfliteModel, Manifest, dict[str, Path], Iterable[Path]]:
+    """Return the model, its manifest, the files of further inputs that a SPEC names, and the files it is read from."""
     from agent.authoring import spec as specs
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
@@ -165,13 +166,14 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
     if bundle is not None:
         loaded = bundles.read(builtin.resolve_path(bundle), None)
         probe.probe(loaded).raise_for_failure()
-        return runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest, {}
+        parts = bundle.iterdir() if bundle.is_dir() else []
+        return runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest, {}, parts
     assert spec is not None
     settings = specs.read(spec)
     file = spec.parent / settings.model
     draft = specs.to_manifest(spec, settings)
     own = {name: spec.parent / each.data for name, each in settings.inputs.items() if each.data}
-    return runtime.load_model(draft, input_files.read_input(file)), draft, own
+    return runtime.load_model(draft, input_files.read_input(file)), draft, own, [file]
 
 
 @model.command(epilog="Example: outstation model sign exercise --sign-with publisher.key")

@@ -32,6 +32,10 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
         event |= {"lasts": rollout["ended"] and rollout["ended"] - event["at"]}
     missed, budget = sum(len(event["missed"]) for event in events), scenario.budget.false_alarms
     problems = _list_problems(outcome, missed, len(false_alarms) > budget, rolled)
+    problems += [
+        f"No label of task {task} came due: `delay` or `every` of [labels.{task}] is too long for this run."
+        for task in sorted(scenario.labels.keys() - outcome.labels.keys())
+    ]
     return {
         "passed": not problems,
         "problems": problems,
