@@ -8,8 +8,6 @@ import os
 import sys
 from typing import NoReturn
 
-from agent.cli.module_finder import ModuleFinder
-
 # Commands that run models.
 _RUN_MODELS = {"run", "batch"}
 _exit_code: int | None = None
@@ -24,7 +22,6 @@ def main(args: list[str] | None = None) -> NoReturn:
         _open_missing_streams()
         # Until the command is imported: that leaves no garbage, and looking for it is a tenth of a command's start.
         gc.disable()
-        sys.meta_path.insert(0, ModuleFinder)
         # First of all, so that what registers later runs before it.
         atexit.register(_end)
     words = sys.argv[1:] if args is None else args

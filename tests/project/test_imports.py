@@ -498,7 +498,7 @@ def test_the_list_of_commands_loads_none_of_them() -> None:
     assert "  status       Show backlog" in done.stdout
     loaded = set(done.stdout.splitlines())
     assert "agent.cli" in loaded
-    own = {"agent.cli.commands", "agent.cli.direct", "agent.cli.module_finder"}
+    own = {"agent.cli.commands", "agent.cli.direct"}
     commands = {module for module in loaded if module.startswith("agent.cli.")} - own
     assert commands | (loaded & {"numpy", "msgspec"}) == set()
 
