@@ -275,7 +275,7 @@ def test_a_scenario_with_rejected_labels_only_fails(simulate: Callable[..., dict
     assert any(rejected in problem for problem in report["problems"])
 
 
-def test_a_scenario_whose_labels_come_after_its_end_fails(simulate: Callable[..., dict[str, Any]]) -> None:
+def test_a_scenario_without_labels_before_its_end_fails(simulate: Callable[..., dict[str, Any]]) -> None:
     report = simulate("a", "good", ends="held", duration="3 min", labels={"tiny": {"column": "a", "delay": "1 h"}})
     assert any("No label of task tiny came due: `delay`" in problem for problem in report["problems"])
 
