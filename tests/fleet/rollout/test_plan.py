@@ -120,7 +120,7 @@ WRONG = {
     "local deadline": ('"2026-12-31T00:00:00Z"', "2026-12-31T00:00:00", "rollout.deadline", "write one in UTC"),
     "deadline's kind": ('"2026-12-31T00:00:00Z"', "7", "rollout.deadline", "write one in UTC"),
     "share": ("min_agreement = 0.9\n", "min_agreement = 90\n", "promote.min_agreement", "at most 1"),
-    "nan": ("min_agreement = 0.9\n", "min_agreement = nan\n", "promote.min_agreement", "at least 0"),
+    "nan": ("min_agreement = 0.9\n", "min_agreement = nan\n", "promote.min_agreement", "give a finite number"),
     "device's rule": (
         "[device_rules]",
         "[device_rules]\nhold_hours = 1",
