@@ -72,7 +72,7 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
         """
         weight, mean = np.asarray(self.n + PRIOR, np.float64), float(total.sum() / self.n.sum())
         means = isotonic_regression((total + PRIOR * mean * predicted) / weight, weight)
-        return means * (total.sum() / float((self.n * means).sum()))
+        return np.asarray(means * (total.sum() / float((self.n * means).sum())), np.float64)
 
     @property
     def bin_ratio(self) -> Float64s:

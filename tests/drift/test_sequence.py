@@ -38,7 +38,7 @@ def test_cusums_over_consecutive_windows_equal_those_one_by_one(before: Scores, 
     started_s = Cusum.zeros(TESTS)
     for item in before:
         started_s = started_s.update(item, 2 * item, t=7)
-    started_s = started_s.reset_except(~started_s.alarm.any(0))
+    started_s = started_s.reset_except(np.asarray(~started_s.alarm.any(0)))
     t = 10 * np.arange(1, len(z) + 1)
     together, alone = started_s.run_windows(z, 3 * z, t=t), started_s
     for at, item in enumerate(z):

@@ -63,7 +63,7 @@ def draw_windows(count: int, rows: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 def margins(windows: NDArray[np.float32]) -> NDArray[np.float64]:
-    return np.abs((windows.mean(axis=1) @ WEIGHTS).astype(np.float64))
+    return np.asarray(np.abs((windows.mean(axis=1) @ WEIGHTS).astype(np.float64)))
 
 
 @pytest.mark.parametrize("rows", [1, 6])

@@ -93,7 +93,7 @@ class CompiledRule(msgspec.Struct, frozen=True, eq=False):
         results = self.select(results)
         numbers, named = self._numbers(results), self._named(results)
         if self.comparison is None or numbers is None:
-            hit = named.any(axis=1)
+            hit = np.asarray(named.any(axis=1))
             return hit, ~hit
         hit = np.asarray((named & self._compare(self.comparison, numbers)).any(axis=1))
         if self.clear is None:

@@ -115,7 +115,7 @@ class PsiRun(msgspec.Struct, frozen=True, eq=False, dict=True):
         now, states = self.before, []
         if now.is_idle and not any_true(self.exceeded):
             return [now] * len(self.exceeded)
-        columns = self.exceeded, self.exceeded.any(1).tolist(), self.tested, self.t.tolist()
+        columns = self.exceeded, np.asarray(self.exceeded.any(1)).tolist(), self.tested, self.t.tolist()
         is_idle = now.is_idle
         for exceeded, any_exceeded, tested, t in zip(*columns, strict=True):
             if any_exceeded or not is_idle:

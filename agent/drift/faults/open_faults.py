@@ -76,7 +76,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
     @property
     def open_fields(self) -> list[bool]:
         """(F,) fields with an open alert."""
-        return [bool(is_open) for is_open in (self.number > 0).any(1)]
+        return [bool(is_open) for is_open in np.asarray((self.number > 0).any(1))]
 
     @property
     def misread(self) -> Bools:

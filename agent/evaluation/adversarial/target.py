@@ -105,7 +105,7 @@ class Answers(msgspec.Struct, frozen=True, eq=False):
         if self.kind == "anomaly":
             return np.where(before.codes > 0, self.scores[:, 0], -self.scores[:, 0])
         if self.labels is not None and before.labels is not None:
-            return np.where(before.labels, self.scores, 1 - self.scores).min(axis=1)
+            return np.asarray(np.where(before.labels, self.scores, 1 - self.scores).min(axis=1), np.float64)
         each = np.arange(len(self.codes))
         others = self.scores.copy()
         others[each, before.codes] = -np.inf
