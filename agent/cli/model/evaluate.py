@@ -111,11 +111,9 @@ def evaluate(
     _check_request(request, engine)
     chosen_gate = gate.read_gate(required)
     _check_files(html, folder, about, junit, has_requirements=bool(chosen_gate.requirements or against))
-    outputs = [*filter(None, (html, junit)), *(folder / name for name in cards.FILES if folder is not None)]
     gates = [Path(text) for text in required if text.endswith(".toml")]
     inputs = [*_list_inputs(request, [*filter(None, (bundle, against))], [*filter(None, [about]), *gates])]
-    for path in outputs:
-        require_writable(path, inputs)
+    _require_outputs(html, folder, junit, inputs)
     texts = cards.read_texts(about) if about else cards.CardTexts()
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
@@ -160,6 +158,14 @@ def _check_files(
         raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
     if html is not None and html == junit:
         raise UsageError(f"{html}: --html and --junit would write the same file; name two")
+
+
+def _require_outputs(html: Path | None, folder: Path | None, junit: Path | None, inputs: Sequence[Path]) -> None:
+    """Raise UsageError for a file of the results that cannot be written, or that is one of `inputs`."""
+    from agent.evaluation import cards
+
+    for path in (*filter(None, (html, junit)), *(folder / name for name in cards.FILES if folder is not None)):
+        require_writable(path, inputs)
 
 
 def _list_inputs(request: EvaluationRequest, bundles: Sequence[Path], files: Sequence[Path]) -> Iterator[Path]:
