@@ -329,7 +329,8 @@ def _is_text(line: bytes) -> bool:
 
 def _explain_field_error(error: Exception, decoder: _StreamDecoder) -> str:
     problem = str(error)
-    if isinstance(error, UnicodeDecodeError):
+    # msgspec has an error of its own for this since 0.23.
+    if isinstance(error, UnicodeDecodeError) or problem.startswith("Invalid UTF-8"):
         return f"not text: {problem[:120]}"
     if isinstance(error, DuplicateKey):
         return problem
