@@ -78,7 +78,8 @@ def test_every_stream_of_the_guide_gets_its_rows_as_the_guide_says(
         daemon = subprocess.Popen([sys.executable, "-m", "agent", "run"], stdout=log, stderr=log)
         try:
             wait_until("the socket", (tmp_path / "data" / "intake.sock").exists)
-            wait_until("the folder", (tmp_path / "meter" / "done").exists)
+            for stream in ("meter", "camera"):
+                wait_until(f"the folder of {stream}", (tmp_path / stream / "done").exists)
             wait_until("the subscriptions", lambda: (tmp_path / "daemon.log").read_text().count("subscribed to") == 5)
             drop_files(tmp_path)
             for _, text in blocks("run"):
