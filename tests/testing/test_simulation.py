@@ -190,6 +190,7 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
         ('events = [{ kind = "outage", at = "2 s", devices = [] }]', r"\.devices: must have at least 1 entry"),
         ('events = [{ kind = "clock", at = "2 s" }]', r"events\[0\]: a clock is either ahead or behind"),
         ('events = [{ kind = "clock", at = "2 s", ahead = "2 h", behind = "1 h" }]', r"either ahead or behind"),
+        ('events = [{ kind = "clock", at = "2 s", ahead = "27000 d" }]', r"events\[0\]\.ahead: .* after 2100"),
         ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[0\]\.devices: no device"),
         ('events = [{ kind = "outrage", at = "2 s" }]', "outrage"),
         ('start = "2020-01-01T00:00:00Z"', "start: before"),
