@@ -66,7 +66,7 @@ def test_a_stream_ends_with_its_session_although_the_fleet_never_rests(
         changing = asyncio.create_task(change())
         async with asyncio.timeout(60):
             async for event in feed.listen(still_allowed):
-                events.append(event)  # noqa: PERF401
+                events.append(event)
         changing.cancel()
         return events
 
