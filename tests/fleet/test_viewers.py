@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig, load
-from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import clients, collectors, enrol, pki, viewers
 from agent.fleet.enrolment.broker_control import ACCESS_FILE
 from agent.fleet.enrolment.enrol import init_fleet
@@ -172,11 +171,10 @@ def test_a_viewer_is_revoked_although_the_file_of_the_viewers_broker_cannot_be_r
     file.unlink()
     # Mode 0600 of another user does not stop root.
     file.mkdir()
-    with FleetStore(Path(config.fleet.db)) as store:
-        with pytest.raises(UsageError, match="certificate is revoked, but the viewers' broker may still let it in"):
-            viewers.revoke(tmp_path, config, store, "lost")
-        with pytest.raises(UsageError, match="viewer-lost: the viewers' broker may still let it in"):
-            viewers.revoke(tmp_path, config, store, "lost")
+    with pytest.raises(UsageError, match="certificate is revoked, but the viewers' broker may still let it in"):
+        viewers.revoke(tmp_path, config, "lost")
+    with pytest.raises(UsageError, match="viewer-lost: the viewers' broker may still let it in"):
+        viewers.revoke(tmp_path, config, "lost")
     assert not certificate.exists()
     assert config.ca
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
