@@ -130,7 +130,7 @@ def test_a_reply_is_accepted_once_the_collector_has_stored_its_new_key(keyring: 
     assert through(Learning(lambda command: [reply(command, new)]), keyring, 60.0).ok
 
 
-def test_a_reply_that_came_while_the_command_was_suspended_is_read(keyring: Keyring) -> None:
+def test_a_reply_from_before_the_last_look_is_read(keyring: Keyring) -> None:
     assert through(Broker(lambda command: [reply(command)]), keyring, 0.0).ok
 
 
