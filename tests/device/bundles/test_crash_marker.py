@@ -47,7 +47,7 @@ def test_two_crashes_leave_different_markers(tmp_path: Path) -> None:
     assert collected[0].id != collected[1].id
 
 
-def test_the_marker_has_one_size_whatever_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_marker_does_not_depend_on_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated devices report the bytes that they write, the same in each run."""
     sizes = set()
     for pid, ns in ((7, 1), (4_194_303, 2**62)):
