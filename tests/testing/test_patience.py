@@ -70,12 +70,12 @@ def test_a_wait_ends_with_its_event_or_says_how_long_it_took(machine: Machine) -
 def test_a_condition_that_computes_leaves_most_of_the_processor_to_what_it_waits_for(
     machine: Machine, computes_s: float, seldom_s: float
 ) -> None:
-    asked_s = []
+    polls_s = []
 
     def ask() -> bool:
-        asked_s.append(machine.now_s)
+        polls_s.append(machine.now_s)
         machine.computed_s += computes_s
-        return len(asked_s) == 40
+        return len(polls_s) == 40
 
     wait_until("the last question", ask)
-    assert asked_s[-1] - asked_s[-2] == pytest.approx(seldom_s)
+    assert polls_s[-1] - polls_s[-2] == pytest.approx(seldom_s)
