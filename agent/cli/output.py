@@ -84,12 +84,14 @@ def _wrap(text: str, width: int, indent: int) -> Iterator[str]:
     yield line
 
 
-def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
-    """Print the document as JSON, or call `print_human`."""
+def emit(document: object, as_json: bool, print_human: Callable[[], None], *, passed: bool = True) -> None:
+    """Print the document as JSON, or call `print_human`; unless `passed`, the command then ends with exit code 1."""
     if as_json:
         _write(printable_json(_encode(document)))
     else:
         print_human()
+    if not passed:
+        sys.exit(1)
 
 
 def _encode(document: object) -> str:

@@ -73,9 +73,8 @@ def doctor(
     if archive_file is not None:
         members = archive.write(archive_file, conf, checks, wear, lines)
         document["archive"] = {"file": str(archive_file), "members": members}
-    emit(document, as_json, lambda: _print(document))
-    if left or any(check["state"] == "failed" for check in checks):
-        sys.exit(1)
+    passed = not left and all(check["state"] != "failed" for check in checks)
+    emit(document, as_json, lambda: _print(document), passed=passed)
 
 
 def _ask(item: fixes.Fix, *, as_json: bool) -> bool:

@@ -101,9 +101,7 @@ def evidence(
         "unverified": facts.unverified,
         "signer": next(key.kid for key in facts.keys if key.role == "operator"),
     }
-    emit(document, as_json, lambda: print_lines(*_summary_lines(document)))
-    if not facts.audit["passed"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_lines(*_summary_lines(document)), passed=facts.audit["passed"])
 
 
 def _make_folder(
@@ -313,9 +311,7 @@ def verify(
         raise UsageError(f"--max-delay: {error}") from None
     brought = Witnesses(heads, stamps, _load_trust(ca, policy), delay_s)
     report = run(folder, [keys.load_public(text) for text in key_texts], brought).to_dict()
-    emit(report, as_json, lambda: print_lines(*_verification_lines(report)))
-    if not report["ok"]:
-        sys.exit(1)
+    emit(report, as_json, lambda: print_lines(*_verification_lines(report)), passed=report["ok"])
 
 
 def _verification_lines(report: dict[str, Any]) -> Iterable[str]:

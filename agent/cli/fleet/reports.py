@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,9 +314,7 @@ def audit(
 
         document["export"] = check_export(store, export_folder, config.fleet.name, collectors).to_dict()
         document["passed"] &= document["export"]["passed"]
-    emit(document, as_json, lambda: print_lines(*_audit_lines(document)))
-    if not document["passed"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_lines(*_audit_lines(document)), passed=document["passed"])
 
 
 def _open_checkpoint(

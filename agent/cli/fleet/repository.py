@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,9 +138,7 @@ def status(home: Path, as_json: bool) -> None:
     from agent.fleet.repository.status import read
 
     report = read(home)
-    emit(report, as_json, lambda: _print_status(report))
-    if not report.ok:
-        sys.exit(1)
+    emit(report, as_json, lambda: _print_status(report), passed=report.ok)
 
 
 def _print_status(report: RepositoryStatus) -> None:
@@ -205,9 +202,7 @@ def rotate(role: str, old: str | None, new: str | None, sign_with: tuple[Path, .
             f"{role}: {done.new} for {done.old} needs {draft.signatures_missing} more signatures of the root keys "
             f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
-    emit(document, as_json, lambda: echo(result))
-    if not done.is_complete:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo(result), passed=done.is_complete)
 
 
 @repository.command("revoke", epilog="Example: outstation fleet repository revoke exercise 1.3.0")

@@ -151,8 +151,8 @@ def promote(name: str, force_reason: str | None, home: Path, as_json: bool) -> N
                 {**head, "promoted": False, "blockers": blockers},
                 as_json,
                 lambda: echo(printable(f"{text}. --force REASON promotes it anyway.")),
+                passed=False,
             )
-            sys.exit(1)
         action = partial(actions.promote, expected=current, verdict=verdict, force_reason=force_reason)
         _decide_and_publish(publisher, action, as_json)
 

@@ -128,12 +128,13 @@ def evaluate(
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
     files = _write_files(result, texts, html, folder, junit)
-    emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
-    if not as_json:
+
+    def print_human() -> None:
+        evaluation_tables.print_evaluation(result)
         for path in files:
             echo(f"written: {path}")
-    if any(requirement.state != "passed" for requirement in result.requirements):
-        sys.exit(1)
+
+    emit(result, as_json, print_human, passed=all(each.state == "passed" for each in result.requirements))
 
 
 def _check_request(request: EvaluationRequest, engine: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,9 +113,7 @@ def pack(
     document |= {name: members[name] for name in ("digest", "warnings", "notes", "training")}
     head = f"{out} not written: {NOT_CLEAN}" if refused else f"{out} {packed.digest}"
     lines = [head, *packed.notes, *_training_lines(packed.training), *(f"warning: {w}" for w in packed.warnings)]
-    emit(document, as_json, lambda: echo("\n".join(map(printable, lines))))
-    if refused:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo("\n".join(map(printable, lines))), passed=not refused)
 
 
 def _training_lines(training: list[CheckedData]) -> Iterator[str]:
@@ -203,9 +200,7 @@ def check(bundle: Path, public: str | None, as_json: bool) -> None:
     document = _check_bundle(bundle, public)
     title = f"{document['name'] or 'bundle'} {document['version'] or ''} {document['digest'] or ''}".strip()
     lines = [printable(title), *(_format_check(**entry) for entry in document["checks"])]
-    emit(document, as_json, lambda: echo_styled("\n".join(lines)))
-    if not document["ok"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo_styled("\n".join(lines)), passed=document["ok"])
 
 
 def _format_check(name: str, ok: bool, detail: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,9 +59,7 @@ def migrate(source_url: str | None, target_url: str, processes: int, home: Path,
         if report["passed"]:
             copying.finish(target)
     document = {"passed": report["passed"], "rows": rows, "audit": report}
-    emit(document, as_json, lambda: print_lines(*_report_lines(document, target.name)))
-    if not report["passed"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_lines(*_report_lines(document, target.name)), passed=report["passed"])
 
 
 def _report_lines(document: dict[str, Any], target: str) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-import sys
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -311,10 +310,8 @@ def enrol_list(file: Path, out: Path, home: Path, as_json: bool) -> None:
             except UsageError as error:
                 state, problem = "failed", str(error)
             results.append({"device": entry.device, "state": state, "file": str(bundle), "problem": problem})
-    failed = [result for result in results if result["state"] == "failed"]
-    emit(results, as_json, lambda: _print_list(results, out))
-    if failed:
-        sys.exit(1)
+    passed = all(result["state"] != "failed" for result in results)
+    emit(results, as_json, lambda: _print_list(results, out), passed=passed)
 
 
 def _print_list(results: list[dict[str, str]], out: Path) -> None:
@@ -366,9 +363,12 @@ def renew(devices: tuple[str, ...], before: str, wait: float, home: Path, as_jso
             results.append({"device": due.device, "state": state, "end": end, "days_left": left, "detail": detail})
     rows = [[result[name] for name in ("device", "state", "end", "days_left", "detail")] for result in results]
     empty = f"No certificate ends within {before}."
-    emit(results, as_json, lambda: print_table(["device", "state", "former end", "days", "detail"], rows, empty))
-    if any(result["state"] == "ended" for result in results):
-        sys.exit(1)
+    emit(
+        results,
+        as_json,
+        lambda: print_table(["device", "state", "former end", "days", "detail"], rows, empty),
+        passed=all(result["state"] != "ended" for result in results),
+    )
 
 
 def _emit_enrolment(done: Enrolment, fleet: str, bundle: Path | None, as_json: bool) -> None:

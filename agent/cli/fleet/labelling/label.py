@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +83,7 @@ def label(
         **_to_document(outcome),
         "outputs": {name: _to_document(each) for name, each in outcome.further.items()},
     }
-    emit(document, as_json, lambda: _print_outcome(outcome, rejected))
-    if rejected:
-        sys.exit(1)
+    emit(document, as_json, lambda: _print_outcome(outcome, rejected), passed=not rejected)
 
 
 def _to_document(evaluation: OutputEvaluation) -> dict[str, Any]:
