@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock, input_files
-from agent.cli.fleet.common import (
-    database_options,
-    open_for_reading,
-    print_lines,
-    progress_bar,
-)
+from agent.cli.fleet.common import database_options, open_for_reading, print_lines, progress_bar
 from agent.cli.options import PATH, json_option
 from agent.cli.output import emit
 from agent.errors import MessageRefused, UsageError

@@ -104,11 +104,7 @@ def accept_log(device: str, log: str | None, db: str | None, home: Path, as_json
     emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
 
 
-@click.group(
-    "alerts",
-    invoke_without_command=True,
-    epilog="Example: outstation fleet alerts --device pi-07",
-)
+@click.group("alerts", invoke_without_command=True, epilog="Example: outstation fleet alerts --device pi-07")
 @click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
 @follow_option
 @device_option

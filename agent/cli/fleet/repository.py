@@ -33,12 +33,7 @@ _sign_with = click.option("--sign-with", multiple=True, type=PATH, metavar="FILE
 @_sign_with
 @fleet_options
 def publish(
-    bundle: Path,
-    public: tuple[str, ...],
-    no_probe: bool,
-    sign_with: tuple[Path, ...],
-    home: Path,
-    as_json: bool,
+    bundle: Path, public: tuple[str, ...], no_probe: bool, sign_with: tuple[Path, ...], home: Path, as_json: bool
 ) -> None:
     """Add BUNDLE, a path or the name of a built-in bundle, to the fleet's repository.
 

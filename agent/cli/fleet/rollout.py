@@ -196,10 +196,7 @@ def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPubli
 
 
 def _decide(
-    home: Path,
-    name: str,
-    as_json: bool,
-    action: Callable[[Connection, RolloutOperator, int, Rollout], Rollout],
+    home: Path, name: str, as_json: bool, action: Callable[[Connection, RolloutOperator, int, Rollout], Rollout]
 ) -> None:
     """Record and publish a decision about the rollout `name`, as it is now."""
     with _open_publisher(home) as publisher:

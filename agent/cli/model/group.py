@@ -48,11 +48,7 @@ def keygen(file: Path, as_json: bool) -> None:
     """Generate a publisher's key; devices trust its public half from [publishers] keys."""
     key = keys.generate(file).public
     document = {"file": str(file), "key": key.text, "thumbprint": key.kid}
-    emit(
-        document,
-        as_json,
-        lambda: echo(f"{file} written, mode 0600\nkey         {key.text}\nthumbprint  {key.kid}"),
-    )
+    emit(document, as_json, lambda: echo(f"{file} written, mode 0600\nkey         {key.text}\nthumbprint  {key.kid}"))
 
 
 @model.command(epilog="Example: outstation model pack bundle.toml -o exercise --sign-with publisher.key")

@@ -158,8 +158,11 @@ def predict_folder(predictor: BatchPredictor, source: Path, out: Path, progress:
         job = predictor.make_job(path, out / path.name)
         totals = ledger.get(job)
         if totals is None:
-            file_progress = _folder_progress(progress, i, len(sources), total.rows)
-            totals = predictor.predict_file(job.source, job.target, file_progress)
+
+            def report(done: int, size: int, rows: int, i: int = i) -> None:
+                progress(i * 1000 + 1000 * done // max(1, size), len(sources) * 1000, total.rows + rows)
+
+            totals = predictor.predict_file(job.source, job.target, report)
             ledger.add(job, totals)
         total.add(totals)
     ledger.remove()
@@ -176,12 +179,6 @@ def list_inputs(source: Path, out: Path) -> list[Path]:
     except OSError as error:
         raise UsageError(f"{out}: cannot be created: {error.strerror}; name another folder with -o") from None
     return files
-
-
-def _folder_progress(progress: Progress, i: int, file_count: int, previous_rows: int) -> Progress:
-    return lambda done, size, rows: progress(
-        i * 1000 + 1000 * done // max(1, size), file_count * 1000, previous_rows + rows
-    )
 
 
 def checkpoint_path(out: Path) -> Path:

@@ -26,14 +26,7 @@ from agent import clock, durable_files
 from agent.errors import MessageRefused
 from agent.fleet.audit import pruned as pruned_devices
 from agent.fleet.audit import rollouts
-from agent.fleet.audit.checkpoint import (
-    Checkpoint,
-    CheckpointFolder,
-    LogState,
-    copy_database,
-    load_states,
-    save_states,
-)
+from agent.fleet.audit.checkpoint import Checkpoint, CheckpointFolder, LogState, copy_database, load_states, save_states
 from agent.fleet.audit.log_auditor import AuditParts, LogAuditor, to_bytes
 from agent.fleet.audit.pruned import LogBase, PrunedDevice
 from agent.fleet.audit.replay import Replay, keep_devices

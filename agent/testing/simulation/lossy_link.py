@@ -15,14 +15,7 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.errors import LinkDown
-from agent.transport.packets import (
-    NO_SUBSCRIBERS,
-    SEALED,
-    IncomingMessage,
-    OutgoingMessage,
-    PublishReceipt,
-    decompress,
-)
+from agent.transport.packets import NO_SUBSCRIBERS, SEALED, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
 from agent.wire.topics import topic_matches
 
 T = TypeVar("T")

@@ -114,13 +114,7 @@ class Simulation:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        scenario: Scenario,
-        setup: Setup,
-        *,
-        broker: str | None = None,
-        speed: float | None = None,
+        self, folder: Path, scenario: Scenario, setup: Setup, *, broker: str | None = None, speed: float | None = None
     ) -> None:
         self.folder, self.home, self._scenario, self._setup = folder, folder / "fleet", scenario, setup
         self.progress: Progress = lambda *_: None

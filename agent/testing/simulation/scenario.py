@@ -16,7 +16,6 @@ from agent.config.sources import ReplayFault
 from agent.config.streams import NO_STREAM
 from agent.config.tasks import NO_TASK
 from agent.device.store.clock_segments import STEP_US
-from agent.device.store.rows import T_MAX_S
 from agent.errors import ConfigError
 from agent.fleet.incidents.conditions import UNSEEN_LIMIT_S, silence_limit_s
 from agent.fleet.incidents.monitor import POLL_INTERVAL_S
@@ -403,7 +402,7 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
     if start_us < clock.BUILD_FLOOR_US:
         floor = clock.to_rfc3339(clock.BUILD_FLOOR_US)
         raise ConfigError(file, "start", f"before {floor}, when this program was built: no device would believe it")
-    if start_us / 1e6 + scenario.duration + scenario.drain > T_MAX_S:
+    if start_us / 1e6 + scenario.duration + scenario.drain > clock.MAX_TIME_S:
         fix = "start it earlier, or shorten `duration`"
         raise ConfigError(file, "start", f"the run would end after 2100, and devices reject such times; {fix}")
     if scenario.duration <= 0:

@@ -81,15 +81,7 @@ def export_dataset(
     selection = Selection(config.fleet.name, task, moment, begin, end, digest)
     opener = EncryptionKeys(home).opener
     card = export.export(
-        store,
-        out,
-        selection,
-        opener,
-        data_format,
-        licence,
-        now,
-        only_labelled=only_labelled,
-        features=features,
+        store, out, selection, opener, data_format, licence, now, only_labelled=only_labelled, features=features
     )
     emit(card, as_json, lambda: print_lines(*_card_lines(out, card)))
     if require_clean and not card.is_clean:

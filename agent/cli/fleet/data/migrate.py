@@ -40,10 +40,7 @@ def migrate(source_url: str | None, target_url: str, processes: int, home: Path,
         )
     if not Path(location).exists():
         raise UsageError(f"{location}: no such database; name it with --from")
-    with (
-        FleetStore(location) as source,
-        FleetStore(target_location, partitions=config.fleet.partitions) as target,
-    ):
+    with FleetStore(location) as source, FleetStore(target_location, partitions=config.fleet.partitions) as target:
         for store in (source, target):
             if not store.exclude_collectors():
                 problem = (

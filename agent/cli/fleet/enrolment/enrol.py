@@ -169,12 +169,7 @@ def token(device: str, valid: str, bare: bool, home: Path, as_json: bool) -> Non
         raise UsageError(f"--valid: {error}") from None
     expires_us = clock.read().wall_us + valid_us
     made = join_tokens.create(device_folder(home, device), expires_us)
-    document = {
-        "device": device,
-        "fleet": config.fleet.name,
-        "token": made,
-        "expires": clock.to_rfc3339(expires_us),
-    }
+    document = {"device": device, "fleet": config.fleet.name, "token": made, "expires": clock.to_rfc3339(expires_us)}
     lines = [
         f"On the device: outstation request --fleet {config.fleet.name} --id {device} --token {made}",
         f"Keep the token secret until then. It lets one key in, before {document['expires']}.",

@@ -38,15 +38,7 @@ _MAX_LISTED = 20
 @by_option
 @json_option
 def label(
-    device: str,
-    task: str,
-    file: str,
-    home: Path,
-    output: str | None,
-    send: bool,
-    wait_s: float,
-    by: str,
-    as_json: bool,
+    device: str, task: str, file: str, home: Path, output: str | None, send: bool, wait_s: float, by: str, as_json: bool
 ) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
 

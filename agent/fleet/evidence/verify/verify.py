@@ -91,10 +91,7 @@ def _read_manifest(folder: Path, keys: list[PublicKey], report: VerificationRepo
 
 
 def _verify_contents(
-    reader: FolderReader,
-    head: EvidenceManifest,
-    report: VerificationReport,
-    witnesses: Witnesses,
+    reader: FolderReader, head: EvidenceManifest, report: VerificationReport, witnesses: Witnesses
 ) -> None:
     # First: of many problems, this one counts most.
     _verify_audit(reader, report)
@@ -199,11 +196,7 @@ def _read_stamps(reader: FolderReader) -> Iterator[Stamp]:
 
 
 def _verify_messages(
-    reader: FolderReader,
-    head: EvidenceManifest,
-    claims: ClaimChecker,
-    stamps: StampChecker,
-    report: VerificationReport,
+    reader: FolderReader, head: EvidenceManifest, claims: ClaimChecker, stamps: StampChecker, report: VerificationReport
 ) -> None:
     devices = _DeviceKeys(head.keys)
     for path in sorted(path for path in reader.verified_files if path.startswith("messages/")):
