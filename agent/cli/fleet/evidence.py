@@ -12,11 +12,10 @@ import click
 
 from agent import clock, input_files
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines, progress_bar
-from agent.cli.options import PATH, json_option
+from agent.cli.options import DURATION, PATH, json_option
 from agent.cli.output import emit
 from agent.errors import MessageRefused, UsageError
 from agent.extras import install_command
-from agent.quantities import parse_duration
 from agent.text import mask_password, pluralize
 from agent.wire import keys
 
@@ -276,7 +275,7 @@ def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
                    "stamp (.tsr, with .json and .tsq beside it) that you got before the folder.")  # fmt: skip
 @_timestamp_ca
 @_timestamp_policy
-@click.option("--max-delay", "max_delay", metavar="TIME", default="7d",
+@click.option("--max-delay", "max_delay_s", type=DURATION, default="7d",
               help="With a time stamp: how late a device's message may come; default 7d.")  # fmt: skip
 @json_option
 def verify(
@@ -285,7 +284,7 @@ def verify(
     witnesses: tuple[Path, ...],
     ca: Path | None,
     policy: str,
-    max_delay: str,
+    max_delay_s: float,
     as_json: bool,
 ) -> None:
     """Verify a folder with public keys alone: no database, no config, no network. Exit 1 if it does not verify."""
@@ -300,11 +299,7 @@ def verify(
     heads, stamps = _read_witnesses(witnesses)
     if stamps and ca is None:
         raise UsageError(f"{stamps[0].name}: name the authority's root certificate: --timestamp-ca FILE")
-    try:
-        delay_s = float(parse_duration(max_delay))
-    except ValueError as error:
-        raise UsageError(f"--max-delay: {error}") from None
-    brought = Witnesses(heads, stamps, _load_trust(ca, policy), delay_s)
+    brought = Witnesses(heads, stamps, _load_trust(ca, policy), max_delay_s)
     report = run(folder, [keys.load_public(text) for text in key_texts], brought).to_dict()
     emit(report, as_json, lambda: print_lines(*_verification_lines(report)), passed=report["ok"])
 
