@@ -56,19 +56,7 @@ _timestamp_policy = click.option(
               help="Key that signs the folder, - for standard input; default that of fleet.toml.")  # fmt: skip
 @database_options
 @click.pass_context
-def evidence(
-    ctx: click.Context,
-    out: Path | None,
-    at: str | None,
-    bundles: tuple[Path, ...],
-    evaluations: tuple[Path, ...],
-    publishers: tuple[str, ...],
-    witnesses: tuple[Path, ...],
-    operator_key: Path | None,
-    db: str | None,
-    home: Path,
-    as_json: bool,
-) -> None:
+def evidence(ctx: click.Context, /, out: Path | None, as_json: bool, **sources: Any) -> None:
     """Write a signed folder with a report: what the fleet's models did, who decided it, and what is not known.
 
     Exit 1 if the audit of the database fails; the folder is written anyway, and says so.
@@ -79,7 +67,7 @@ def evidence(
         return
     if out is None:
         raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --operator PUB")
-    made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, operator_key, db, home)
+    made = _make_folder(out, **sources)
     facts = made.facts
     document = {
         "out": str(out),
