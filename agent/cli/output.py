@@ -174,6 +174,16 @@ def require_writable(file: Path, inputs: Iterable[Path] = ()) -> None:
         raise UsageError(f"{file}: cannot be written: {explain(error)}") from None
 
 
+def write_output(file: Path, data: bytes) -> Path:
+    """Write a file, whose folder is made, and return it. Raises UsageError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {explain(error)}") from None
+    return file
+
+
 def require_plot_format(file: Path | None) -> None:
     """Check that the plot file ends in .svg or .png. Raises UsageError."""
     if file is not None and file.suffix not in (".svg", ".png"):

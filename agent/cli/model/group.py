@@ -17,8 +17,8 @@ from agent.cli.model.evaluate import evaluate
 from agent.cli.model.features import features_command
 from agent.cli.model.run import join_option, run
 from agent.cli.options import PATH, json_option, require_clean_option
-from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit, require_writable
-from agent.errors import BadBundle, UsageError, explain
+from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit, require_writable, write_output
+from agent.errors import BadBundle, UsageError
 from agent.text import pluralize, printable
 from agent.wire import keys
 
@@ -136,10 +136,7 @@ def make_reference(
     model, draft, own, parts = _load_model(bundle, spec)
     require_writable(out, [*filter(None, (data, bundle, spec)), *parts, *own.values(), *joined.values()])
     reference = packing.build_reference(data, model, draft, {**own, **joined})
-    try:
-        out.write_bytes(reference.to_json())
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {explain(error)}") from None
+    write_output(out, reference.to_json())
     windows, warning = reference.drift_windows, reference.warning
     document = {"file": str(out), "digest": reference.digest, "windows": windows, "warning": warning}
     text = f"{out} {reference.digest}, {windows} drift windows" + (f"\nwarning: {warning}" if warning else "")
