@@ -22,6 +22,7 @@ from agent.fleet.incidents.monitor import POLL_INTERVAL_S
 from agent.fleet.rollout import plan as plans
 from agent.names import is_name
 from agent.testing.simulation.lossy_link import LinkConditions, Share
+from agent.text import format_span
 from agent.toml_files import Section, did_you_mean
 
 MAX_DEVICES = 10_000
@@ -84,7 +85,6 @@ class SensorFault(Event, frozen=True, kw_only=True):
     stream: str = ""
     amount: float = 0.0
     over: Duration = Duration(0.0)
-    neutral_amount: ClassVar[float | None] = None
     default_expect: ClassVar[tuple[str, ...]] = _SENSOR_ALERTS
 
     @property
@@ -105,12 +105,7 @@ class SensorFault(Event, frozen=True, kw_only=True):
         for name in self.fields:
             if name not in known:
                 raise ConfigError(file, f"{key}.fields", f"no field {name!r}{did_you_mean(name, known)}")
-        if self.kind == "swap" and len(set(self.fields)) != 2:
-            raise ConfigError(file, f"{key}.fields", f"swap needs two fields, not {len(set(self.fields))}")
-        if self.kind in ("quantize", "saturate", "noise") and not self.amount > 0:
-            raise ConfigError(file, f"{key}.amount", f"{self.kind} needs an amount above 0")
-        if self.amount == self.neutral_amount:
-            raise ConfigError(file, f"{key}.amount", f"{self.kind} by {self.amount:g} changes nothing; give an amount")
+        self.fault.check(file, key)
 
 
 class Gain(SensorFault, frozen=True, kw_only=True, tag_field="kind", tag="gain"):
@@ -119,13 +114,10 @@ class Gain(SensorFault, frozen=True, kw_only=True, tag_field="kind", tag="gain")
     amount: float = 1.0
     # Again, since reports list keys in the order of their definition.
     over: Duration = Duration(0.0)
-    neutral_amount: ClassVar[float | None] = 1.0
 
 
 class Offset(SensorFault, frozen=True, tag_field="kind", tag="offset"):
     """Readings plus `amount`."""
-
-    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Stuck(SensorFault, frozen=True, tag_field="kind", tag="stuck"):
@@ -149,8 +141,6 @@ class Missing(SensorFault, frozen=True, tag_field="kind", tag="missing"):
 
 class Spikes(SensorFault, frozen=True, tag_field="kind", tag="spikes"):
     """One reading in a hundred is higher by `amount`."""
-
-    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Saturate(SensorFault, frozen=True, tag_field="kind", tag="saturate"):
@@ -308,6 +298,11 @@ class Scenario(Section, frozen=True, kw_only=True):
     def start_us(self) -> int:
         return clock.parse_rfc3339(self.start)
 
+    @property
+    def stop_s(self) -> float:
+        """Latest time of the run, in seconds since 1970."""
+        return self.start_us / 1e6 + self.duration + self.drain
+
     def device_names(self) -> dict[str, str]:
         """Return the group of each device, by its name."""
         names: dict[str, str] = {}
@@ -387,6 +382,14 @@ def _resolve_rollout(
     if name not in known:
         problem = f"no {kind} {name!r} in the scenario{did_you_mean(name, known)}"
         raise plan.config_error("rollout.target", problem)
+    least_s, left_s = 3600 * draft.least_hours, scenario.duration - event.at
+    if event.ends == "completed" and least_s >= left_s > 0:
+        problem = (
+            f"min_hours of {plan.source.name} sum up to {format_span(least_s)}, and {format_span(left_s)} are left"
+        )
+        raise ConfigError(
+            str(file), f"{key}.at", f'{problem}; raise `duration` or lower min_hours, or write ends = "held"'
+        )
     # Every device is in the groups of the config.
     group = name if kind == "group" and name not in groups else ""
     devices = [name] if kind == "device" else []
@@ -402,7 +405,7 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
     if start_us < clock.BUILD_FLOOR_US:
         floor = clock.to_rfc3339(clock.BUILD_FLOOR_US)
         raise ConfigError(file, "start", f"before {floor}, when this program was built: no device would believe it")
-    if start_us / 1e6 + scenario.duration + scenario.drain > clock.MAX_TIME_S:
+    if scenario.stop_s > clock.MAX_TIME_S:
         fix = "start it earlier, or shorten `duration`"
         raise ConfigError(file, "start", f"the run would end after 2100, and devices reject such times; {fix}")
     if scenario.duration <= 0:
@@ -441,5 +444,10 @@ def _check_event(scenario: Scenario, file: str, key: str, event: AnyEvent, names
             raise ConfigError(file, f"{key}.expect", f"no kind of alert is {alert!r}{did_you_mean(alert, alerts)}")
     if event.at >= scenario.duration:
         raise ConfigError(file, f"{key}.at", f"after the end of the scenario, duration = {scenario.duration:g} s")
+    if isinstance(event, SkewedClock):
+        latest_s = min(scenario.start_us / 1e6 + event.end_s, scenario.stop_s) + event.ahead
+        if latest_s > clock.MAX_TIME_S:
+            problem = "the clock would show a time after 2100, and devices reject such times; take less"
+            raise ConfigError(file, f"{key}.ahead", problem)
     if not isinstance(event, CollectorOutage) and not scenario.select(event, names):
         raise ConfigError(file, f"{key}.devices", f"none of them is in group {event.group!r}")

@@ -345,14 +345,16 @@ def renew(devices: tuple[str, ...], before_s: float, wait: float, home: Path, as
             left = due.days_left(datetime.now(UTC))
             state, detail = "ended", "outstation request on the device, then fleet enrol --request"
             if left >= 0 or renewal.may_have_newer(home, due):
-                pem = renewal.issue(home, config, due)
+                pem = renewal.issue(home, config, store, due)
+                if pem is None:
+                    continue
                 args = {"certificate": pem.decode("ascii")}
                 sent = send_command(home, config, store, due.device, "install-certificate", args, wait)
                 if left >= 0 or sent.ok:
                     state = "renewed" if sent.ok else "waits"
                     detail = sent.reply.summary if sent.reply else sent.reason
                 if sent.ok:
-                    renewal.confirm(home, due.device, pem)
+                    renewal.confirm(home, config, store, due, pem)
             end = f"{due.end:%Y-%m-%d}"
             results.append({"device": due.device, "state": state, "end": end, "days_left": left, "detail": detail})
     rows = [[result[name] for name in ("device", "state", "end", "days_left", "detail")] for result in results]
