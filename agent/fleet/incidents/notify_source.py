@@ -56,9 +56,7 @@ class FleetAlertSource:
 
     def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
         now = clock.now_rfc3339()
-        loaded = (
-            incidents.load_incident(self._store, msgspec.json.decode(key, type=IncidentKey), now=now) for key in keys
-        )
+        loaded = (incidents.load_incident(self._store, decoders.from_json(key, IncidentKey), now=now) for key in keys)
         states = [self._to_state(incident) for incident in loaded if incident is not None]
         return {state.key: state for state in states}
 
