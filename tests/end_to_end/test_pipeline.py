@@ -39,6 +39,7 @@ from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.jws import Signer
 from agent.wire.runs import QuietWindows, expand_integers
+from scripts.kit.broker_client import publish_one, receive_messages
 from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import root_only
 
@@ -308,7 +309,7 @@ def test_sigterm_stops_before_systemd_kills_and_the_next_start_goes_on(running: 
 
 def retained(fleet: LocalFleet, kind: str) -> bytes:
     with Link(BrokerConfig(url=fleet.broker.url), "looker-on", subscribe=[f"outstation/{FLEET}/pi-01/{kind}"]) as link:
-        return next(event.payload for event in link.receive(60.0) if not isinstance(event, PublishReceipt))
+        return receive_messages(link, 1)[0].payload
 
 
 def test_sigterm_without_a_broker_stops_in_time_as_well(fleet: LocalFleet) -> None:
@@ -449,10 +450,7 @@ def as_the_device(device: DeviceProcess, topic: str) -> int:
     """The broker's reason code for a message on `topic` from somebody with this device's certificate."""
     _, conf = load_config(str(device.config))
     with Link(conf.broker, "pi-01") as link:
-        token = link.send(OutgoingMessage(topic, b"{}"))
-        return next(
-            event.code for event in link.receive(60.0) if isinstance(event, PublishReceipt) and event.token == token
-        )
+        return publish_one(link, OutgoingMessage(topic, b"{}"))
 
 
 def test_a_full_store_rejects_producers_until_readings_were_processed(fleet: LocalFleet) -> None:
