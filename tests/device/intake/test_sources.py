@@ -27,6 +27,7 @@ from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySou
 from agent.datasets.recordings import load
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources import finished_files
 from agent.device.intake.sources import host as host_source
 from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.host import HostMetrics
@@ -241,6 +242,24 @@ def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_pat
             file.write("200000\n200001\n")
         wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"], timeout_s=200)
         assert taken(station) == list(range(200_002))
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_writer_adds_after_a_pause_is_read_and_a_line_that_was_cut_off_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_files, "_FIRST_PAUSE_S", 0.1)
+    with watching(tmp_path) as station:
+        with (tmp_path / "in" / "a.csv").open("w") as file:
+            # What a buffered writer leaves until its next flush.
+            begin = "n\n" + "".join(f"{n}\n" for n in range(100)) + "-"
+            file.write(begin)
+            file.flush()
+            wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
+            file.write("5\n100\n")
+        wait_until("its other rows", lambda: station.store.counters().get("files ingested") == 2)
+        assert there(tmp_path)["done"] == ["a.csv"]
+        assert taken(station) == [*range(100), -5, 100]
 
 
 @pytest.mark.usefixtures("quick")
