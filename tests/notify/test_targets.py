@@ -26,7 +26,7 @@ from agent.notify.message import MAX_SUBJECT, Change, Notification, compose, com
 from agent.notify.sending import find_exposed_secret, send
 from agent.testing.broker import MosquittoBroker
 from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
+from scripts.kit.broker_client import receive_messages
 from tests.notify.servers import HookServer, hook_server, mailbox
 
 UTC = ZoneInfo("UTC")
@@ -261,8 +261,7 @@ def test_the_retained_document_lists_the_open_alerts(outstation_broker: Mosquitt
     target = MqttTarget(topic="notify/acme", broker=broker)
     send(target, compose_open([alert()], sender="acme", fleet="acme", now_s=1.8e9))
     with Link(broker, "reader", subscribe=["notify/acme"]) as link:
-        events = link.receive(5.0)
-    [delivery] = [event for event in events if isinstance(event, IncomingMessage)]
+        [delivery] = receive_messages(link, 1)
     document = json.loads(delivery.payload)
     assert delivery.retained
     assert (document["open"], document["severity"], document["alerts"][0]["device"]) == (1, "warning", "pi-07")

@@ -211,10 +211,10 @@ def test_a_bad_candidate_is_rolled_back_in_real_time_over_a_real_broker(
 def test_a_rollout_that_lacks_evidence_is_held_and_another_end_fails_the_run(
     simulate: Callable[..., dict[str, Any]],
 ) -> None:
-    document = simulate("a", "good", duration="2 min")
+    document = simulate("a", "good", plan=PLAN.replace("min_batches = 12", "min_batches = 100"))
     [rollout] = document["rollouts"]
     assert (document["passed"], rollout["outcome"], rollout["ended"]) == (False, "held", None)
-    assert "devices with 12 batches: 0 of 1" in rollout["why"]
+    assert "devices with 100 batches: 0 of 1" in rollout["why"]
     assert "Roll-out tiny-1-1 is held; expected is completed." in render(document)
 
 
@@ -263,6 +263,22 @@ def test_a_step_that_selects_too_few_devices_stops_the_run_before_it_starts(
     plan = PLAN.replace("group:hall", "all").replace("min_devices = 1", "min_devices = 2")
     with pytest.raises(UsageError, match="selects 1 of 2 enrolled devices, but 2 must report"):
         simulate("a", "good", plan=plan)
+
+
+def test_a_step_that_selects_nobody_of_a_group_stops_the_run_before_it_starts(
+    simulate: Callable[..., dict[str, Any]],
+) -> None:
+    with pytest.raises(UsageError, match=r"canary 1 %\): selects 0 of 2 enrolled devices.*percent = \d+ selects 1"):
+        simulate("a", "good", plan=PLAN.replace("percent = 50", "percent = 1"))
+
+
+def test_a_roll_out_that_cannot_be_completed_in_time_stops_the_run_before_it_starts(
+    simulate: Callable[..., dict[str, Any]],
+) -> None:
+    plan = PLAN[: PLAN.rindex("min_hours")] + "min_hours = 1.0\n"
+    with pytest.raises(ConfigError, match=r"events\[0\]\.at: min_hours of plan\.toml sum up to 1 h 04 min, and 9 min"):
+        simulate("a", "good", plan=plan)
+    assert simulate("b", "good", plan=plan, ends="held", duration="2 min")["rollouts"][0]["outcome"] == "held"
 
 
 def test_a_scenario_with_rejected_labels_only_fails(simulate: Callable[..., dict[str, Any]]) -> None:

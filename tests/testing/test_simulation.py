@@ -299,14 +299,15 @@ def test_the_summary_says_that_devices_rejected_the_labels(
         "rollouts": [],
         "missed": 0,
         "problems": ["Devices rejected all 610 labels of task tiny: up is no class."],
+        "warnings": ["Devices rejected 3 of 9 rows of stream sensor, the first: nan."],
         "devices": 1,
         "messages": 9,
     }
     document |= {"false_alarms": {"n": 0, "budget": 0, "alerts": []}, "simulated_seconds": 9.0, "seconds": 1.0}
-    document |= {"messages_per_second": 9.0, "peak_bytes": 9, "rejected_labels": 610}
+    document |= {"messages_per_second": 9.0, "peak_bytes": 9}
     document["audit"] = {}
     monkeypatch.setattr(simulate_scenario, "print_audit", lambda *_: None)
     simulate_scenario._print_scenario(document)
     shown = capsys.readouterr().out
-    assert "warning: devices rejected 610 labels: each must be a class of its model" in shown
+    assert "warning: Devices rejected 3 of 9 rows of stream sensor, the first: nan." in shown
     assert "not passed: Devices rejected all 610 labels of task tiny: up is no class." in shown

@@ -59,7 +59,7 @@ def _report(name: str, **answer: Any) -> dict[str, Any]:
     rollout = {"name": name, "version": name, "outcome": name, "ends": name, "passed": False, "why": name}
     rollout |= {"steps": [step], "devices": [device]}
     return {
-        "passed": False, "problems": [name], "seed": 1, "devices": 5, "simulated_seconds": 14400.0,
+        "passed": False, "problems": [name], "warnings": [name], "seed": 1, "devices": 5, "simulated_seconds": 14400.0,
         "messages": 1, "rows": 1,
         "messages_per_second": 1.0, "messages_digest": name, "peak_bytes": 1, "undelivered": [name], "missed": 1,
         "events": events, "rollouts": [rollout], "false_alarms": {"n": 1, "budget": 0, "alerts": [alert]},

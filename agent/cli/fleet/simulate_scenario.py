@@ -137,9 +137,8 @@ def _print_scenario(document: dict[str, Any]) -> None:
         echo(f"… and {alarms['n'] - _MAX_SENTENCES} more; all with --json")
     missed = pluralize(document["missed"], "expected alert")
     echo(f"{pluralize(alarms['n'], 'false alarm')}, budget {alarms['budget']}; {missed} missed")
-    if document["rejected_labels"]:
-        rejected = pluralize(document["rejected_labels"], "label")
-        echo(f"warning: devices rejected {rejected}: each must be a class of its model, or a number for a regressor")
+    for warning in document["warnings"]:
+        echo(f"warning: {warning}")
     for problem in document["problems"]:
         echo(f"not passed: {problem}")
     echo(

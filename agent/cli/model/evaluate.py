@@ -121,7 +121,7 @@ def evaluate(
     if privacy:
         request = _with_min_count(request, loaded[0])
     # Before the evaluation, which may take minutes.
-    other = load_bundle(against, public, output) if against is not None else None
+    other = load_bundle(against, public, output, or_builtin=True) if against is not None else None
     result = _evaluate(loaded, request, cluster)
     if against is not None and other is not None:
         result = _compare(result, loaded, other, request, chosen_gate, against)

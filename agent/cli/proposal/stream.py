@@ -94,9 +94,9 @@ def propose_from_broker(url: str, topic: str, seconds: float) -> ProposedStream:
 
 
 def _listen(broker: BrokerConfig, topic: str, seconds: float) -> Iterator[IncomingMessage]:
-    due, count = time.monotonic() + seconds, 0
     try:
         with Link(broker, f"outstation-init-{secrets.token_hex(4)}", subscribe=[topic]) as link:
+            due, count = time.monotonic() + seconds, 0
             while (left := due - time.monotonic()) > 0 and count < _MAX_MESSAGES:
                 for event in link.receive(min(1.0, left)):
                     if isinstance(event, IncomingMessage):

@@ -93,6 +93,12 @@ class RolloutPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return topics.Topic(fleet, topics.DEVICE_GROUP, "desired", name)
         return topics.Topic(fleet, topics.ALL_DEVICES if kind == "all" else name, "desired")
 
+    @property
+    def least_hours(self) -> float:
+        """Hours that the roll-out takes at least; in the last step each device tries the bundle by its own rules."""
+        *hours, last = (step.promote.min_hours for step in self.steps)
+        return sum(hours) + max(last, self.device_rules.min_hours)
+
     def desired_for_step(self, step: int) -> DesiredBundle:
         """Return the desired state at a step, counted from 1."""
         current = self.steps[step - 1]

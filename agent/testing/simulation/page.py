@@ -17,7 +17,8 @@ _TICK_STEPS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200
 _DURATIONS = frozenset({"ahead", "behind", "over", "delay"})
 # On a phone each row of a table is a block, and the name of an event stands above its bar.
 _CSS = (
-    "td:first-child,.device{white-space:nowrap}.timeline{margin-right:24px}.event{display:grid;gap:0 14px;"
+    "td:first-child,.device{white-space:nowrap}td:nth-child(2){min-width:150px}"
+    ".timeline{margin-right:24px}.event{display:grid;gap:0 14px;"
     "grid-template-columns:minmax(0,230px) minmax(0,1fr);align-items:center;font-size:13px;overflow-wrap:anywhere}"
     ".track{position:relative;height:28px;print-color-adjust:exact}.track>*{position:absolute}"
     ".track i{top:0;bottom:0;width:1px;background:var(--grid)}.bar{top:8px;height:12px;border-radius:3px;min-width:3px;"
@@ -59,7 +60,12 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _format_settings(event: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items())
+    settings = [f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items()]
+    # A roll-out ends by its rules.
+    lasts = (
+        [] if "outcome" in event else ["to the end" if event["lasts"] is None else f"for {_short_span(event['lasts'])}"]
+    )
+    return ", ".join(lasts + settings)
 
 
 def _format_setting(name: str, value: Any) -> str:

@@ -243,6 +243,10 @@ class Simulation:
         self._store = store = FleetStore(self.database)
         key = keys.load_private(self.home / "collector.key")
         self._collector = Collector(self._fleet, self._broker, store, key, encryption_keys=EncryptionKeys(self.home))
+        self._operator = Operator(self.home, fleet, store, self.air, self._broker)
+        for event in self._scenario.events:
+            if isinstance(event, Rollout):
+                self._operator.prepare(event, self._scenario.select(event, self._names))
         for number, (name, group) in enumerate(self._names.items()):
             home = enrol_on_this_machine(self.home, fleet, store, name, self.folder / "devices" / name)
             file = home / "outstation.toml"
@@ -255,10 +259,7 @@ class Simulation:
             self._start_s[name] = start_s
             self._at(start_s, partial(self._start, name))
             self._report_progress()
-        self._operator = Operator(self.home, fleet, store, self.air, self._broker)
         for event in self._scenario.events:
-            if isinstance(event, Rollout):
-                self._operator.prepare(event)
             self._at(event.at, partial(self._apply, event, begins=True))
             if event.lasts is not None:
                 self._at(event.end_s, partial(self._apply, event, begins=False))

@@ -23,6 +23,7 @@ from agent.fleet.incidents.monitor import POLL_INTERVAL_S
 from agent.fleet.rollout import plan as plans
 from agent.names import is_name
 from agent.testing.simulation.lossy_link import LinkConditions, Share
+from agent.text import format_span
 from agent.toml_files import Section, did_you_mean
 
 MAX_DEVICES = 10_000
@@ -382,6 +383,14 @@ def _resolve_rollout(
     if name not in known:
         problem = f"no {kind} {name!r} in the scenario{did_you_mean(name, known)}"
         raise plan.config_error("rollout.target", problem)
+    least_s, left_s = 3600 * draft.least_hours, scenario.duration - event.at
+    if event.ends == "completed" and least_s >= left_s > 0:
+        problem = (
+            f"min_hours of {plan.source.name} sum up to {format_span(least_s)}, and {format_span(left_s)} are left"
+        )
+        raise ConfigError(
+            str(file), f"{key}.at", f'{problem}; raise `duration` or lower min_hours, or write ends = "held"'
+        )
     # Every device is in the groups of the config.
     group = name if kind == "group" and name not in groups else ""
     devices = [name] if kind == "device" else []

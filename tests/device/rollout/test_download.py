@@ -51,8 +51,12 @@ def cut_at(byte: int) -> Callable[[Handler], None]:
     return lambda it: it.serve(byte)
 
 
+def parts(device: Updating) -> list[Path]:
+    return list((device.data / DOWNLOAD_DIR).glob("*.part"))
+
+
 def part(device: Updating) -> Path:
-    [path] = (device.data / DOWNLOAD_DIR).glob("*.part")
+    [path] = parts(device)
     return path
 
 
@@ -326,6 +330,7 @@ def test_the_worker_does_not_outlive_the_daemon(web: Web, device: Updating, want
     daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
     try:
         wait_until("the archive is being downloaded", held.is_set, timeout_s=PATIENCE_S)
+        wait_until("a part of it is on the disk", lambda: parts(device), timeout_s=PATIENCE_S)
         wait_until("much of it is on the disk", lambda: part(device).stat().st_size >= 1 << 20, timeout_s=PATIENCE_S)
         [fetching] = psutil.Process(daemon.pid).children()
         daemon.send_signal(signal.SIGKILL)

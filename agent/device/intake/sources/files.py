@@ -173,8 +173,9 @@ class FolderWatcher:
             self._take_back(folder, name, finished)
         for names in self._group_names([name for name in folder.list_claimed() if name not in self._stuck]):
             await self._ingest_files(folder, names, submit_rows, is_retry=True)
+        began_s = time.monotonic()
         states = await asyncio.to_thread(folder.list_files, self._suffixes)
-        for names in self._group_names(self._select_settled(states)):
+        for names in self._group_names(self._select_settled(states, began_s)):
             claimed = [claim for name in names if (claim := self._claim(folder, name))]
             await self._ingest_files(folder, claimed, submit_rows, is_retry=False)
 
@@ -229,8 +230,8 @@ class FolderWatcher:
             if problem is not None:
                 raise problem
 
-    def _select_settled(self, states: dict[str, FileState]) -> list[str]:
-        """Return files whose state has not changed for a while, by the monotonic clock."""
+    def _select_settled(self, states: dict[str, FileState], began_s: float) -> list[str]:
+        """Return files whose state had not changed for a while when this look began, by the monotonic clock."""
         now, known = time.monotonic(), self._file_states
         self._file_states = {}
         for name, state in states.items():
@@ -238,7 +239,7 @@ class FolderWatcher:
             self._file_states[name] = (state, since if before == state else now)
         # What cannot be moved is tried again if it changes.
         self._stuck &= {name for name in self._stuck if known.get(name) == self._file_states.get(name)}
-        settled = (name for name, (_, since) in self._file_states.items() if now - since >= _SETTLED_S)
+        settled = (name for name, (_, since) in self._file_states.items() if began_s - since >= _SETTLED_S)
         return sorted(name for name in settled if name not in self._stuck)
 
     async def _ingest_file(self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, *, is_retry: bool) -> None:
