@@ -245,8 +245,8 @@ def test_a_broker_that_closes_late_does_not_delay_the_outcome() -> None:
                 return rest
 
         returned = threading.Event()
-        with ThreadPoolExecutor(1) as one:
-            done = one.submit(answer)
+        with ThreadPoolExecutor(1) as server_thread:
+            done = server_thread.submit(answer)
             broker = BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}")
             begin = time.monotonic()
             send(MqttTarget(topic="notify/acme", broker=broker), message())

@@ -57,9 +57,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def watching(folder: Path, **store: Any) -> Iterator[Station]:
+def watching(folder: Path, commit_every_s: float = 0.02, **store: Any) -> Iterator[Station]:
     source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(0.02))
-    made = conf(folder / "data", numbers=NUMBERS)
+    made = conf(folder / "data", commit_every_s, numbers=NUMBERS)
     with Station(
         made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s, folder / "data")], **store
     ) as station:
@@ -288,6 +288,19 @@ def test_what_a_slow_writer_adds_after_its_file_was_read_is_taken_too(
         is_added.set()
         wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
         assert taken(station) == list(range(2002))
+
+
+@pytest.mark.usefixtures("quick")
+def test_small_files_share_commits_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for n in range(48):
+        put(tmp_path, f"{n:02}.csv", range(10 * n, 10 * n + 10))
+    put(tmp_path, "24.csv", [*range(240, 30_240)])
+    with watching(tmp_path, commit_every_s=0.5) as station:
+        wait_until("all in done/", lambda: done_are(tmp_path, 48))
+        assert taken(station) == [*range(240), *range(240, 30_240), *range(250, 480)]
+        commits = station.store._fetch_one("SELECT count(DISTINCT boot_us) FROM chunks")
+    assert commits is not None
+    assert commits[0] < 24
 
 
 @pytest.mark.usefixtures("quick")

@@ -36,8 +36,8 @@ from agent.device.intake.sources.finished_files import FinishedFile, FinishedFil
 from agent.device.intake.sources.watched_folder import FileState, WatchedFolder, original_name, safe_name
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
-from agent.errors import RowRejected, StorageError, StorageFull, UsageError
-from agent.media import ImageFormat
+from agent.errors import OutstationError, RowRejected, StorageError, StorageFull, UsageError
+from agent.media import ImageFormat, SoundFormat
 from agent.text import printable
 
 log = logging.getLogger("outstation.files")
@@ -51,7 +51,7 @@ _MAX_LOGGED_ROWS = 20
 FAILED_COUNTER, INGESTED_COUNTER, DUPLICATE_COUNTER = "files failed", "files ingested", "files duplicate"
 # Files whose content is recognized; of more, the last ones.
 MAX_DIGESTS = 4096
-_MAX_IMAGES_PER_COMMIT = 32
+_MAX_FILES_PER_COMMIT = 32
 # Errors of the machine or of a removable medium: every file would fail, so it is tried again later.
 _TRANSIENT_ERRNOS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
@@ -209,8 +209,8 @@ class FolderWatcher:
             log.error("%s: cannot be moved: %s; it stays where it is", self._log_name(safe_name(name)), error.strerror)
 
     def _group_names(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Group images into shared commits; other files go one by one, because positions depend on earlier rows."""
-        size = _MAX_IMAGES_PER_COMMIT if isinstance(self._stream.media_format, ImageFormat) else 1
+        """Group files into shared commits; sounds go one by one, because positions depend on earlier rows."""
+        size = 1 if isinstance(self._stream.media_format, SoundFormat) else _MAX_FILES_PER_COMMIT
         return (names[start : start + size] for start in range(0, len(names), size))
 
     async def _ingest_files(
@@ -454,14 +454,21 @@ class FolderWatcher:
             with self._marker.guard(name, skip):
                 blocks = self._decoder.decode(file, original_name(name), skip, self._last_us)
                 if isinstance(self._stream.media_format, ImageFormat):
-                    decoded = await self._run_decoder(lambda: list(blocks))
+                    last = await self._run_decoder(lambda: list(blocks))
+                    self._last_us = round(last[-1].raw.t[-1] * 1e6) if last else self._last_us
                 else:
-                    decoded = []
-                    while (block := await self._run_decoder(lambda: next(blocks, None))) is not None:
-                        yield block
-                if decoded:
-                    self._last_us = round(decoded[-1].raw.t[-1] * 1e6)
-        for block in decoded:
+                    last = []
+                    try:
+                        while (block := await self._run_decoder(lambda: next(blocks, None))) is not None:
+                            for earlier in last:
+                                yield earlier
+                            last = [block]
+                    except (OSError, OutstationError):
+                        for earlier in last:
+                            yield earlier
+                        raise
+        # After its turn: other small files then share the commit.
+        for block in last:
             yield block
 
     async def _run_decoder(self, call: Callable[[], T]) -> T:
