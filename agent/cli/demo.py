@@ -84,7 +84,7 @@ def _run_simulation(
         fleet.start()
         if live:
             fleet.start_dashboard()
-        views = fleet.watch_progress(started_s + duration + _DRAIN_S)
+        views = fleet.watch_progress(time.monotonic() + duration + _DRAIN_S)
         if live:
             _show_live(_announce_dashboard(fleet, views), plan, fleet.broker_name)
         else:

@@ -28,8 +28,6 @@ from tests.kit.update_repositories import Signed
 from tests.kit.update_servers import Handler, Trick, Web
 from tests.kit.updating import PATIENCE_S, RUNS, Updating
 
-pytestmark = pytest.mark.exec
-
 pytest_plugins = ["tests.kit.repository_fixtures"]
 
 # More than two of what is synced at once.
@@ -63,6 +61,7 @@ def part(device: Updating) -> Path:
 # --- connections ---
 
 
+@pytest.mark.exec
 def test_an_interrupted_download_is_resumed(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     for byte in (1_200_000, 1_900_000):
         web.tricks[:] = [("/targets/", cut_at(byte))]
@@ -262,7 +261,8 @@ def ballast(card: Card, leave: int) -> None:
 
 # The child, which is killed just before its n-th sync or rename.
 DYING = """\
-import os, runpy, signal, sys
+import os, signal, sys
+from agent.device.rollout.fetch.worker import main
 left = int(sys.argv[1])
 def dying(call):
     def counted(*given, **more):
@@ -274,7 +274,7 @@ def dying(call):
     return counted
 os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
 sys.argv = sys.argv[:1]
-runpy.run_module("agent.device.rollout.fetch.worker", run_name="__main__")
+main()
 """
 
 
@@ -363,6 +363,7 @@ def holding(held: threading.Event) -> Trick:
     return trick
 
 
+@pytest.mark.exec
 def test_the_worker_has_low_priority_and_limits(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]
