@@ -398,7 +398,7 @@ def test_a_malformed_packet_only_ends_the_connection(packet: bytes) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        link = Link(BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=5.0)
+        link = Link(BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=60.0)
         with pytest.raises(LinkDown):
             collect(link, lambda _: False)
         link.close()

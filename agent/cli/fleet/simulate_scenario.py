@@ -49,8 +49,8 @@ class SimulateOptions(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(keys.load_public(text) for text in self.publisher_keys)
 
 
-def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
-    """Run a scenario, print its report and write it to a file; return True if it passed. Raises UsageError."""
+def run(home: Path, options: SimulateOptions, speed: float | None) -> None:
+    """Run a scenario, print its report and write it to a file; exit with code 1 if it failed. Raises UsageError."""
     # Imported here: a hundred modules of device and collector.
     from agent.cli.progress import ProgressBar
     from agent.testing.simulation import report as reporting
@@ -92,8 +92,7 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
         document = reporting.build(scenario, outcome, simulation.store)
     if report_file is not None:
         _write_report(report_file, document)
-    emit(document, options.as_json, lambda: _print_scenario(document))
-    return bool(document["passed"])
+    emit(document, options.as_json, lambda: _print_scenario(document), passed=document["passed"])
 
 
 def _write_report(file: Path, document: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from agent.config.sources import ReplayFault
 from agent.config.streams import NO_STREAM
 from agent.config.tasks import NO_TASK
 from agent.device.store.clock_segments import STEP_US
-from agent.device.store.rows import T_MAX_S
 from agent.errors import ConfigError
 from agent.fleet.incidents.conditions import UNSEEN_LIMIT_S, silence_limit_s
 from agent.fleet.incidents.monitor import POLL_INTERVAL_S
@@ -407,7 +406,7 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Co
     if start_us < clock.BUILD_FLOOR_US:
         floor = clock.to_rfc3339(clock.BUILD_FLOOR_US)
         raise ConfigError(file, "start", f"before {floor}, when this program was built: no device would believe it")
-    if scenario.stop_s > T_MAX_S:
+    if scenario.stop_s > clock.MAX_TIME_S:
         fix = "start it earlier, or shorten `duration`"
         raise ConfigError(file, "start", f"the run would end after 2100, and devices reject such times; {fix}")
     if scenario.duration <= 0:
@@ -448,7 +447,7 @@ def _check_event(scenario: Scenario, file: str, key: str, event: AnyEvent, names
         raise ConfigError(file, f"{key}.at", f"after the end of the scenario, duration = {scenario.duration:g} s")
     if isinstance(event, SkewedClock):
         latest_s = min(scenario.start_us / 1e6 + event.end_s, scenario.stop_s) + event.ahead
-        if latest_s > T_MAX_S:
+        if latest_s > clock.MAX_TIME_S:
             problem = "the clock would show a time after 2100, and devices reject such times; take less"
             raise ConfigError(file, f"{key}.ahead", problem)
     if not isinstance(event, CollectorOutage) and not scenario.select(event, names):
