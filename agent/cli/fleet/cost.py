@@ -7,14 +7,7 @@ from typing import Any
 
 import click
 
-from agent.cli.cost_output import (
-    describe_money,
-    format_bytes,
-    prices_option,
-    save_chart,
-    show_prices_option,
-    to_money,
-)
+from agent.cli.cost_output import describe_money, format_bytes, prices_option, save_chart, show_prices_option, to_money
 from agent.cli.fleet.common import database_options, device_option, open_for_reading
 from agent.cli.options import dark_option, plot_option
 from agent.cli.output import echo, emit, print_table
