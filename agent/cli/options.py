@@ -12,10 +12,26 @@ import click
 
 from agent import clock
 from agent.errors import UsageError
-from agent.quantities import parse_duration
+from agent.quantities import parse_duration, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+
+
+class _Quantity(click.ParamType):  # type: ignore[type-arg]
+    """A number with its unit."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise UsageError(f"{param.opts[0] if param else self.name}: {error}") from None
+
+
+DURATION, SIZE = _Quantity("time", parse_duration), _Quantity("size", parse_size)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 config_option = click.option(
     "-c",

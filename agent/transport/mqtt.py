@@ -222,11 +222,14 @@ class Link:
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"!")
 
-    def close(self) -> None:
-        """Send DISCONNECT and close once the broker has read all that was sent; it drops the Will."""
+    def close(self, wait_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Send DISCONNECT and close once the broker has read all that was sent; it drops the Will.
+
+        Where every receipt was received, and there is no Will, `wait_s` may be 0.
+        """
         try:
             if self._lost_reason is None:
-                self._disconnect()
+                self._disconnect(wait_s)
         finally:
             self._release()
 
@@ -240,13 +243,13 @@ class Link:
         """Cut the connection without DISCONNECT, so that the broker publishes the Will."""
         self._release()
 
-    def _disconnect(self) -> None:
-        """Send DISCONNECT, and wait until the broker closes the connection, up to `_CLOSE_TIMEOUT_S`.
+    def _disconnect(self, wait_s: float) -> None:
+        """Send DISCONNECT, and wait until the broker closes the connection, up to `wait_s`.
 
         A socket that is closed with unread receipts resets the connection: the broker then drops what it has not read,
         DISCONNECT included, and publishes the Will.
         """
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        deadline = time.monotonic() + wait_s
         try:
             # paho closes its own descriptor as soon as it has written DISCONNECT.
             connection = socket.socket(fileno=os.dup(self.fileno()))

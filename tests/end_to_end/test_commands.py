@@ -32,7 +32,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def device(fleet: LocalFleet) -> DeviceProcess:
-    device = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_connect()
+    device = fleet.add_device("pi-01").add_replay_stream(10**9, 10).add_task("exercise").start_and_connect()
     wait_until("the first results", lambda: fleet.last_result_row("pi-01") > 0)
     return device
 
@@ -201,7 +201,7 @@ def listed(fleet: LocalFleet, name: str) -> dict[str, Any]:
 
 
 def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFleet) -> None:
-    doomed = fleet.add_device("pi-02").add_replay_stream(10**9, 40, seed=3).add_task("exercise")
+    doomed = fleet.add_device("pi-02").add_replay_stream(10**9, 10, seed=3).add_task("exercise")
     at_once = doomed.config.read_text(encoding="utf-8").replace("[operators]", '[operators]\nwipe_delay = "0 s"')
     doomed.config.write_text(at_once, encoding="utf-8")
     doomed.start_and_connect()

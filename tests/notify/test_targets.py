@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -225,6 +226,34 @@ def test_hostile_texts_are_harmless_in_mail_and_webhook(hook: HookServer, tmp_pa
     assert len(body) < 10_000
     document = json.loads(hook.posts[0].body)
     assert all(str(value).isprintable() for value in document["alerts"][0].values())
+
+
+def test_a_broker_that_closes_late_does_not_delay_the_outcome() -> None:
+    """Otherwise a process that stops meanwhile sends the accepted message again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> bytes:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\x20\x03\x00\x00\x00")
+                sent = connection.recv(65_536)
+                topic_end = sent.index(b"notify/acme") + len(b"notify/acme")
+                connection.sendall(b"\x40\x02" + sent[topic_end : topic_end + 2])
+                rest = b"".join(iter(lambda: connection.recv(4096), b""))
+                returned.wait(10.0)
+                return rest
+
+        returned = threading.Event()
+        with ThreadPoolExecutor(1) as server_thread:
+            done = server_thread.submit(answer)
+            broker = BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}")
+            begin = time.monotonic()
+            send(MqttTarget(topic="notify/acme", broker=broker), message())
+            took_s = time.monotonic() - begin
+            returned.set()
+            assert done.result()[:1] == b"\xe0", "DISCONNECT was sent"
+    assert took_s < 1.5, "a link waits 2 s for the broker to close"
 
 
 def test_the_retained_document_lists_the_open_alerts(outstation_broker: MosquittoBroker) -> None:

@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent.cli.fleet import drift_report as report
-from agent.cli.fleet.common import (
-    database_options,
-    open_for_reading,
-    processes_option,
-    progress_bar,
-)
+from agent.cli.fleet.common import database_options, open_for_reading, processes_option, progress_bar
 from agent.cli.options import PATH, dark_option, parse_since, plot_option
 from agent.cli.output import echo_wrapped, emit, require_plot_format
 from agent.errors import BadBundle, UsageError

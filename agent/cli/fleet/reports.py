@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,11 +104,7 @@ def accept_log(device: str, log: str | None, db: str | None, home: Path, as_json
     emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
 
 
-@click.group(
-    "alerts",
-    invoke_without_command=True,
-    epilog="Example: outstation fleet alerts --device pi-07",
-)
+@click.group("alerts", invoke_without_command=True, epilog="Example: outstation fleet alerts --device pi-07")
 @click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
 @follow_option
 @device_option
@@ -315,9 +310,7 @@ def audit(
 
         document["export"] = check_export(store, export_folder, config.fleet.name, collectors).to_dict()
         document["passed"] &= document["export"]["passed"]
-    emit(document, as_json, lambda: print_lines(*_audit_lines(document)))
-    if not document["passed"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_lines(*_audit_lines(document)), passed=document["passed"])
 
 
 def _open_checkpoint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -110,9 +109,7 @@ def run(
         "rejected_rows": [{"file": r.file, "line": r.line, "reason": r.reason} for r in total.rejected_rows],
         "seconds": round(time.monotonic() - started_s, 3),
     }
-    emit(document, as_json, lambda: _print(document))
-    if total.rejected_count:
-        sys.exit(1)
+    emit(document, as_json, lambda: _print(document), passed=not total.rejected_count)
 
 
 def open_cluster(engine: str, address: str | None) -> AbstractContextManager[RayCluster | None]:

@@ -167,10 +167,7 @@ def change_access(folder: Path, config: FleetConfig, change: AccessChange, outco
             broker_control.end_session(config, change.client, authority)
             outcome.ended = True
     except (LinkDown, StorageError, UsageError) as error:
-        steps = (
-            f"The broker may still have its session: {error}. Repeat the command, or restart the broker.",
-            *steps,
-        )
+        steps = (f"The broker may still have its session: {error}. Repeat the command, or restart the broker.", *steps)
     outcome.steps = (*steps, *outcome.steps)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.render import html
 from agent.render.templates import create_environment
-from agent.text import format_span
+from agent.text import format_span, list_names
 
 _MAX_ROWS, _MAX_NAMES, _MAX_TICKS = 200, 3, 8
 # Seconds between ticks of the time axis.
@@ -36,8 +36,8 @@ def render(report: Mapping[str, Any]) -> str:
     """Return a self-contained page of a report (`agent.testing.simulation.report`)."""
     environment = create_environment(Path(__file__).parent)
     environment.filters.update(
-        span=_short_span, devices=_name_devices, settings=_format_settings, device_groups=_group_devices,
-        number=lambda n: f"{n:,}",
+        span=_short_span, settings=_format_settings, device_groups=_group_devices, number=lambda n: f"{n:,}",
+        devices=lambda names: list_names(names, _MAX_NAMES) or "the collector",
     )  # fmt: skip
     # Numbers are those of the scenario.
     numbered = enumerate(report["events"][:_MAX_ROWS], 1)
@@ -81,11 +81,6 @@ def _short_span(seconds: float) -> str:
     return format_span(seconds).removesuffix(" 00 s").removesuffix(" 00 min")
 
 
-def _name_devices(devices: list[str]) -> str:
-    rest = len(devices) - _MAX_NAMES
-    return (", ".join(devices[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")) or "the collector"
-
-
 def _group_devices(devices: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for the devices that run the same version after the same phases, the smallest group first."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -114,7 +109,7 @@ def _build_timeline(events: list[tuple[int, Mapping[str, Any]]], whole_s: float)
         begin = percent(event["at"])
         end = percent(event["at"] + event["lasts"]) if event["lasts"] is not None else 100.0
         devices = event["devices"]
-        where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
+        where = f"{len(devices)} devices" if len(devices) > 1 else "".join(devices) or "the collector"
         row = {"name": f"{number} {event['kind']} {where}", "missed": event["missed"]}
         # One dot for all devices that no eye could tell apart.
         dots: dict[tuple[float, str], str] = {}

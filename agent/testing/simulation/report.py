@@ -12,7 +12,7 @@ from agent.testing.simulation import attribution, rollouts
 from agent.testing.simulation.attribution import Attribution
 from agent.testing.simulation.runner import Outcome
 from agent.testing.simulation.scenario import Scenario
-from agent.text import pluralize
+from agent.text import list_names, pluralize
 
 _MAX_ALERTS, _MAX_NAMES = 10_000, 8
 # Members of an event that are not in its `settings`.
@@ -76,7 +76,7 @@ def _list_problems(
         if not rollout["passed"]
     ]
     if outcome.undelivered:
-        names = ", ".join(outcome.undelivered[:_MAX_NAMES]) + (" …" if len(outcome.undelivered) > _MAX_NAMES else "")
+        names = list_names(outcome.undelivered, _MAX_NAMES)
         problems.append(f"Messages of {pluralize(len(outcome.undelivered), 'device')} were not delivered: {names}.")
     # A run without rows or labels tests nothing of what it was made for.
     return problems + _list_rejections(outcome, whole=True)

@@ -29,6 +29,7 @@ from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySou
 from agent.datasets.recordings import load
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources import finished_files
 from agent.device.intake.sources import host as host_source
 from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.host import HostMetrics
@@ -56,9 +57,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def watching(folder: Path, **store: Any) -> Iterator[Station]:
+def watching(folder: Path, commit_every_s: float = 0.02, **store: Any) -> Iterator[Station]:
     source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(0.02))
-    made = conf(folder / "data", numbers=NUMBERS)
+    made = conf(folder / "data", commit_every_s, numbers=NUMBERS)
     with Station(
         made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s, folder / "data")], **store
     ) as station:
@@ -287,6 +288,37 @@ def test_what_a_slow_writer_adds_after_its_file_was_read_is_taken_too(
         is_added.set()
         wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
         assert taken(station) == list(range(2002))
+
+
+@pytest.mark.usefixtures("quick")
+def test_small_files_share_commits_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for n in range(48):
+        put(tmp_path, f"{n:02}.csv", range(10 * n, 10 * n + 10))
+    put(tmp_path, "24.csv", [*range(240, 30_240)])
+    with watching(tmp_path, commit_every_s=0.5) as station:
+        wait_until("all in done/", lambda: done_are(tmp_path, 48))
+        assert taken(station) == [*range(240), *range(240, 30_240), *range(250, 480)]
+        commits = station.store._fetch_one("SELECT count(DISTINCT boot_us) FROM chunks")
+    assert commits is not None
+    assert commits[0] < 24
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_writer_adds_after_a_pause_is_read_and_a_line_that_was_cut_off_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_files, "_FIRST_PAUSE_S", 0.1)
+    with watching(tmp_path) as station:
+        with (tmp_path / "in" / "a.csv").open("w") as file:
+            # What a buffered writer leaves until its next flush.
+            begin = "n\n" + "".join(f"{n}\n" for n in range(100)) + "-"
+            file.write(begin)
+            file.flush()
+            wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
+            file.write("5\n100\n")
+        wait_until("its other rows", lambda: station.store.counters().get("files ingested") == 2)
+        assert there(tmp_path)["done"] == ["a.csv"]
+        assert taken(station) == [*range(100), -5, 100]
 
 
 @pytest.mark.usefixtures("quick")

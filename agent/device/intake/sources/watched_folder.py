@@ -126,6 +126,17 @@ class WatchedFolder:
         """Move a file to `done/` under `name`. Raises OSError."""
         os.rename(claimed, name, src_dir_fd=self._taking, dst_dir_fd=self._done)
 
+    def read_done_state(self, name: str) -> FileState | None:
+        """Return the state of a file in `done/`; None if it is not there. Raises OSError."""
+        try:
+            return FileState.from_status(os.stat(name, dir_fd=self._done, follow_symlinks=False))
+        except FileNotFoundError:
+            return None
+
+    def take_back(self, name: str, claimed: str) -> None:
+        """Move a file of `done/` back to `taking/`. Raises OSError."""
+        os.rename(name, claimed, src_dir_fd=self._done, dst_dir_fd=self._taking)
+
     def move_to_failed(self, claimed: str, reason: str) -> None:
         """Move a file to `failed/`, with the reason in `NAME.txt` beside it. Raises OSError."""
         name = _unused_name(self._failed, original_name(claimed), ".txt")
