@@ -56,7 +56,6 @@ def render(report: Mapping[str, Any]) -> str:
         f"false alarms, budget {alarms['budget']}": f"{alarms['n']}",
         "audit": "passed" if report["audit"]["passed"] else "failed",
         "messages": f"{report['messages']:,}",
-        "messages a second": f"{report['messages_per_second']:,.0f}",
         "peak memory": f"{report['peak_bytes'] / 2**20:,.0f} MiB",
     }
     chart = _build_timeline(events, max(float(report["simulated_seconds"]), 1.0))
