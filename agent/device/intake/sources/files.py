@@ -45,8 +45,9 @@ T = TypeVar("T")
 
 # A file is ingested once it has not changed for this long: its writer may not have finished.
 _SETTLED_S = 1.0
-# A claimed file that its writer still changes is read again this often.
-_MAX_ROUNDS = 600
+# A claimed file that its writer still changes is read again this often. What is added to a table later is read from
+# `done/`, so that no other file waits for its writer.
+_MAX_ROUNDS, _MAX_TABLE_ROUNDS = 600, 3
 _MAX_LOGGED_ROWS = 20
 FAILED_COUNTER, INGESTED_COUNTER, DUPLICATE_COUNTER = "files failed", "files ingested", "files duplicate"
 # Files whose content is recognized; of more, the last ones.
@@ -274,8 +275,9 @@ class FolderWatcher:
             file = folder.open_claimed(name)
         except OSError as error:
             raise self._to_file_error(error, progress) from None
+        is_table = self._stream.media_format is None
         try:
-            for _ in range(_MAX_ROUNDS):
+            for n in range(_MAX_ROUNDS):
                 problem: Exception | None = None
                 before = FileState.from_status(os.fstat(file))
                 try:
@@ -296,10 +298,14 @@ class FolderWatcher:
                 except (RowRejected, UsageError) as error:
                     problem = error
                 await asyncio.sleep(0)
+                progress.state = before
                 if FileState.from_status(os.fstat(file)) == before:
-                    progress.state = before
+                    progress.is_torn = progress.is_torn and os.pread(file, 1, before.size - 1) != b"\n"
                     return problem
                 # Its writer had not finished, and still writes to the moved file.
+                if is_table and n + 1 >= _MAX_TABLE_ROUNDS and problem is None:
+                    return None
+                progress.last_line, progress.is_torn = progress.last_line - progress.is_torn, False
                 await asyncio.sleep(_SETTLED_S)
             return UsageError(f"its writer still changes it{self._describe_stored(progress)}")
         finally:
@@ -416,9 +422,9 @@ class FolderWatcher:
                 progress.last_line, progress.last_row = last_line, outcome.last_row or progress.last_row
                 progress.deaths, progress.is_compared = 0, progress.is_compared or block.raw.n > 0
                 rejected |= dict(outcome.rejected)
-                progress.is_torn = last_line in rejected
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
+                progress.is_torn = last_line in rejected
                 for line, reason in sorted(rejected.items())[: max(0, _MAX_LOGGED_ROWS - progress.rejected_rows)]:
                     log.warning("%s: line %d: %s", self._log_name(original_name(name)), line, printable(reason))
                 progress.rejected_rows += len(rejected)
