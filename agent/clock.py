@@ -14,6 +14,7 @@ import msgspec
 
 ClockQuality = Literal["synced", "restored", "unsynced"]
 
+MAX_TIME_S = 4_102_444_800.0  # 2100-01-01: no reading or label is of a later time
 BUILD_FLOOR_US = 1_764_000_000_000_000  # 2025-11-24: an earlier wall clock was never set
 # The kernel's limits (NTP_PHASE_LIMIT, MAXFREQ): after the last synchronization the error grows by 500 ppm, and at 16 s
 # the clock counts as unsynchronized.

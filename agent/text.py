@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 # A spreadsheet runs a cell that begins with one of these.
@@ -136,6 +137,12 @@ def format_span(seconds: float) -> str:
     if abs(whole) >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
     return f"{whole // 60} min {whole % 60:02} s" if abs(whole) >= 60 else f"{whole} s"
+
+
+def list_names(names: Sequence[str], most: int = 6) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def pluralize(n: int, noun: str) -> str:

@@ -15,6 +15,7 @@ import msgspec
 from agent import decoders, input_files
 from agent.errors import ConfigError, explain
 from agent.quantities import decode_quantity
+from agent.text import list_names
 
 StructType = type[msgspec.Struct]
 DecodeHook = Callable[[type, Any], Any]
@@ -160,8 +161,7 @@ def did_you_mean(word: str, known: Iterable[str], none: str = "there is none") -
     close = difflib.get_close_matches(word, names, 1, 0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"; there is {', '.join(names[:12])}{more}" if names else f"; {none}"
+    return f"; there is {list_names(names, 12)}" if names else f"; {none}"
 
 
 def _to_config_error(

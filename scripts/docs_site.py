@@ -17,6 +17,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from agent.render.html import SCROLL_ATTRIBUTES, SCROLL_SHADOWS
 from scripts.kit.usage import answer_help
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,10 @@ _REDIRECT = """\
 <title>Outstation</title><a href="docs/index.html">Outstation</a>
 """
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --link: light-dark(#0a58ca, #7db4ff) }
+:root {
+  color-scheme: light dark; --line: #8884; --link: light-dark(#0a58ca, #7db4ff);
+  --paper: Canvas; --reference-edge: light-dark(#888a, #aaac);
+}
 * { box-sizing: border-box }
 body { margin: 0; font: 16px/1.55 system-ui, sans-serif; display: grid; grid-template-columns: 17rem minmax(0, 1fr) }
 nav { padding: 1rem; border-right: 1px solid var(--line); position: sticky; top: 0; height: 100vh; overflow: auto }
@@ -38,17 +42,19 @@ nav ul { list-style: none; padding: 0; margin: 0 0 1rem } nav h2 { font-size: .8
 nav [aria-current] { font-weight: 700 } nav input { width: 100%; font: inherit; padding: .3rem }
 #found small { display: block; opacity: .75; overflow-wrap: anywhere }
 main { padding: 1rem 2rem 4rem; max-width: 60rem } a { color: var(--link) }
-pre { background: var(--soft); padding: .75rem; overflow: auto }
+pre { padding: .75rem; overflow: auto }
 code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere }
 pre code { overflow-wrap: normal }
-table { border-collapse: collapse; display: block; overflow: auto } img { max-width: 100%; background: #fff }
+table { border-collapse: collapse } .scroll { overflow-x: auto; margin: 1em 0 } .scroll, pre { SCROLL_SHADOWS }
+pre { --paper: color-mix(in srgb, Canvas 93%, #888); background-color: var(--paper) }
+img { max-width: 100%; background: #fff }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top }
 summary { font-weight: 700; padding: .4rem 0 }
 @media (min-width: 50.01rem) { summary { display: none } }
 @media (max-width: 50rem) {
   body { display: block } nav { position: static; height: auto; border: 0; border-bottom: 1px solid var(--line) }
   nav ul { margin: 0 } main { padding: 1rem } table { font-size: .85rem }
-  th, td { padding: .2rem .35rem; overflow-wrap: anywhere; min-width: 4.5rem }
+  th, td { padding: .2rem .35rem; min-width: 4.5rem } td:first-child { min-width: 6rem }
 }
 """
 _SEARCH = """
@@ -93,6 +99,8 @@ class Page:
         self.title = next(
             (tokens[at + 1].content for at, t in enumerate(tokens) if t.type == "heading_open"), path.stem
         )
+        parser.add_render_rule("table_open", lambda *_: f"<div {SCROLL_ATTRIBUTES}><table>")
+        parser.add_render_rule("table_close", lambda *_: "</table></div>")
         self.html = parser.renderer.render(tokens, parser.options, {})
         # Without the marks of links and emphasis, since the search shows parts of it.
         blocks = (token for token in tokens if token.type in ("inline", "fence"))
@@ -142,7 +150,7 @@ def build(out: Path) -> list[Page]:
         shutil.copyfile(ROOT / file, out / file)
     index = json.dumps([[page.url, page.title, page.text] for page in pages])
     (out / "search.js").write_text(f"const PAGES = {index};\n{_SEARCH}", encoding="utf-8")
-    (out / "style.css").write_text(_STYLE, encoding="utf-8")
+    (out / "style.css").write_text(_STYLE.replace("SCROLL_SHADOWS", SCROLL_SHADOWS), encoding="utf-8")
     (out / "index.html").write_text(_REDIRECT, encoding="utf-8")
     return pages
 

@@ -140,6 +140,7 @@ def distil(tf: Any, teacher: Any, x: Floats, options: argparse.Namespace, *, is_
         return layer.__class__.from_config(config)
 
     student = tf.keras.models.clone_model(teacher, clone_function=narrow)
+    copy_adapted_layers(teacher, student)
     answers = np.asarray(teacher.predict(x, verbose=0), np.float32)
     loss: Any = "mse"
     if is_classifier:
@@ -148,6 +149,15 @@ def distil(tf: Any, teacher: Any, x: Floats, options: argparse.Namespace, *, is_
     student.compile(optimizer=tf.keras.optimizers.Adam(1e-3), loss=loss)
     student.fit(x, answers, epochs=options.epochs, batch_size=64, verbose=0)
     return student
+
+
+def copy_adapted_layers(teacher: Any, student: Any) -> None:
+    """Give a copy of a model what layers such as Normalization learned from data before the training."""
+    layers = (model._flatten_layers(include_self=False) for model in (teacher, student))
+    for source, copy in zip(*layers, strict=True):
+        if hasattr(source, "finalize_state") and source.weights:
+            copy.set_weights(source.get_weights())
+            copy.finalize_state()
 
 
 def soften(probabilities: Floats, temperature: float) -> Floats:

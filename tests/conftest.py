@@ -150,10 +150,10 @@ def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatc
         monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forks_are_used(request: pytest.FixtureRequest) -> None:
-    """Fork the model processes of a device instead of starting each, except for files marked `exec`."""
-    fork_server.server.is_used = request.node.get_closest_marker("exec") is None
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fork Python processes of the program instead of starting each, except for tests marked `exec`."""
+    fork_server.server.is_used = item.get_closest_marker("exec") is None
 
 
 def pytest_unconfigure() -> None:

@@ -20,6 +20,7 @@ from agent.errors import BadBundle, UsageError, explain
 from agent.model.bundle.manifest import DriftSettings
 from agent.model.inference.tensors import ModelInspection, Tensor
 from agent.model.sandbox import probe
+from agent.text import printable
 from agent.toml_files import encode_value
 
 _TOLERANCE = 0.02
@@ -74,13 +75,18 @@ def _choose_input(inspection: ModelInspection, table: TableSummary | None) -> in
 def _list_warnings(tensor: Tensor, table: TableSummary | None) -> list[str]:
     if table is None or _image_line(tensor) is not None:
         return []
+    warnings = [f"{table.path}: {_describe_left_out(table)}"] if table.output_labels else []
     _, width, _ = infer_window_shape(tensor.shape)
     if len(table.columns) != width:
-        return [
-            f"{table.path} has {len(table.columns)} numeric columns, the model's input takes {width}: complete fields"
-        ]
+        problem = f"{len(table.columns)} numeric columns, the model's input takes {width}: complete fields"
+        return [*warnings, f"{table.path} has {problem}"]
     scaling = propose_scaling(tensor, table)
-    return [scaling.warning] if scaling and scaling.warning else []
+    return [*warnings, scaling.warning] if scaling and scaling.warning else warnings
+
+
+def _describe_left_out(table: TableSummary) -> str:
+    names = ", ".join(table.output_labels[:8]) + (" …" if len(table.output_labels) > 8 else "")
+    return f"left out of the fields as labels of further outputs: {names}; rename what the model reads"
 
 
 def write_spec(scaffold: Scaffold, out: Path) -> None:
@@ -240,6 +246,8 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
         lines.append(
             f"# {table.path} has {len(table.columns)} numeric columns: {encode_value(list(table.columns)[:20])}"
         )
+    if table and table.output_labels:
+        lines.append(f"# {printable(_describe_left_out(table))}.")
     if rows > 1:
         gap = _round(_GAP_INTERVALS * table.interval_s) if table and table.interval_s else 1.0
         lines.append(f"window = {{ rows = {rows}, step = {rows}, max_gap_s = {gap} }}  # {rationale}")

@@ -117,12 +117,16 @@ class Session:
     def load_retained(self) -> None:
         """Read what the broker retains of this place: to remove what is over, and never to publish what is older."""
         self._link.request_retained(self._place.retained_filters)
-        end = time.monotonic() + _MAX_WAIT_RETAINED_S
-        quiet_until = time.monotonic() + _QUIET_S
-        while time.monotonic() < min(end, quiet_until) and len(self._published) < _MAX_RETAINED:
-            for event in self._link.receive(_QUIET_S):
+        end_s, quiet_until_s = time.monotonic() + _MAX_WAIT_RETAINED_S, 0.0
+        while time.monotonic() < end_s and len(self._published) < _MAX_RETAINED:
+            # A slow network brings nothing for a while; the broker may send more than its window afterwards.
+            if not (is_pending := self._link.is_request_pending) and time.monotonic() >= quiet_until_s:
+                break
+            events = self._link.receive(_QUIET_S)
+            if is_pending or events:
+                quiet_until_s = time.monotonic() + _QUIET_S
+            for event in events:
                 if isinstance(event, IncomingMessage):
-                    quiet_until = time.monotonic() + _QUIET_S
                     self._link.acknowledge(event)
                     if self._place.parse_device(event.topic) is not None and event.payload:
                         self._published[event.topic] = event.payload

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ import click
 from agent.cli.options import json_option
 from agent.cli.output import echo, emit, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
+from agent.text import list_names
 
 if TYPE_CHECKING:
     from agent.simulate.plan import SimulationPlan
@@ -68,9 +68,7 @@ def demo(
     exit_on_signals()
     with open_folder(folder) as home:
         document = _run_simulation(home, named, devices, duration, seed, began, live=not (no_dashboard or as_json))
-    emit(document, as_json, lambda: _print(document))
-    if not document["audit"]["passed"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: _print(document), passed=document["audit"]["passed"])
 
 
 def _run_simulation(
@@ -86,7 +84,7 @@ def _run_simulation(
         fleet.start()
         if live:
             fleet.start_dashboard()
-        views = fleet.watch_progress(started_s + duration + _DRAIN_S)
+        views = fleet.watch_progress(time.monotonic() + duration + _DRAIN_S)
         if live:
             _show_live(_announce_dashboard(fleet, views), plan, fleet.broker_name)
         else:
@@ -160,7 +158,11 @@ def _print(document: dict[str, Any]) -> None:
         columns.append("anomalies")
         heads.append("anomalies")
     listed = [
-        [_format_cell(d[name]) for name in columns] + [_format_subjects(d, "drift"), _format_subjects(d, "faults")]
+        # Of a spectrum all bands may be listed.
+        [
+            *(_format_cell(d[name]) for name in columns),
+            *(list_names(d[kind], _MAX_SUBJECTS) or "-" for kind in ("drift", "faults")),
+        ]
         for d in document["devices"]
     ]
     print_table([*heads, "drift", "sensor fault"], listed, "No devices.")
@@ -184,10 +186,3 @@ def _format_cell(value: Any) -> Any:
     if isinstance(value, list):
         return " → ".join("-" if share is None else f"{share:.1%}" for share in value)
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else value
-
-
-def _format_subjects(device: dict[str, Any], kind: str) -> str:
-    """Return the first subjects: of a spectrum all bands may be listed."""
-    names = device[kind]
-    more = f" and {len(names) - _MAX_SUBJECTS} more" if len(names) > _MAX_SUBJECTS else ""
-    return ", ".join(names[:_MAX_SUBJECTS]) + more or "-"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -36,9 +35,7 @@ def test_targets(file: str, config: NotifyConfig, name: str | None, sender: str,
             problem = str(failed)
         seconds = round(time.monotonic() - began, 3)
         results.append({"target": target, "ok": problem is None, "seconds": seconds, "error": problem})
-    emit(results, as_json, lambda: _print_results(results))
-    if any(not result["ok"] for result in results):
-        sys.exit(1)
+    emit(results, as_json, lambda: _print_results(results), passed=all(result["ok"] for result in results))
 
 
 def show_states(file: str, config: NotifyConfig, db: QueueConnection, *, as_json: bool) -> None:

@@ -12,10 +12,41 @@ import click
 
 from agent import clock
 from agent.errors import UsageError
-from agent.quantities import parse_duration
+from agent.quantities import parse_duration, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+
+
+class _Parsed(click.ParamType):  # type: ignore[type-arg]
+    """A value with a unit or of a time, parsed from text by a function that raises ValueError."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise UsageError(f"{param.opts[0] if param else self.name}: {error}") from None
+
+
+def _parse_moment(text: str) -> str:
+    try:
+        return clock.to_rfc3339(clock.read().wall_us - int(float(parse_duration(text)) * 1e6))
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f'{text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    return clock.to_rfc3339(int(moment.timestamp() * 1e6))
+
+
+DURATION, SIZE = _Parsed("time", parse_duration), _Parsed("size", parse_size)
+# A time, or the time a duration ago, as RFC 3339.
+MOMENT = _Parsed("time", _parse_moment)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 config_option = click.option(
     "-c",
@@ -49,17 +80,3 @@ require_clean_option = click.option(
     is_flag=True,
     help="Exit code 1 if the check for poisoning has a finding, or too few labels to run.",
 )
-
-
-def parse_since(option: str, text: str, now_us: int) -> str:
-    """Return a time, or the time a duration ago, as RFC 3339. Raises UsageError."""
-    try:
-        return clock.to_rfc3339(now_us - int(float(parse_duration(text)) * 1e6))
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f'{option} {text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    return clock.to_rfc3339(int(moment.timestamp() * 1e6))

@@ -84,12 +84,14 @@ def _wrap(text: str, width: int, indent: int) -> Iterator[str]:
     yield line
 
 
-def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
-    """Print the document as JSON, or call `print_human`."""
+def emit(document: object, as_json: bool, print_human: Callable[[], None], *, passed: bool = True) -> None:
+    """Print the document as JSON, or call `print_human`; unless `passed`, the command then ends with exit code 1."""
     if as_json:
         _write(printable_json(_encode(document)))
     else:
         print_human()
+    if not passed:
+        sys.exit(1)
 
 
 def _encode(document: object) -> str:
@@ -170,6 +172,16 @@ def require_writable(file: Path, inputs: Iterable[Path] = ()) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{file}: cannot be written: {explain(error)}") from None
+
+
+def write_output(file: Path, data: bytes) -> Path:
+    """Write a file, whose folder is made, and return it. Raises UsageError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {explain(error)}") from None
+    return file
 
 
 def require_plot_format(file: Path | None) -> None:

@@ -118,9 +118,21 @@ class ReplayFault(Section, frozen=True):
     """Fields that it changes."""
     from_row: Annotated[int, msgspec.Meta(ge=1)]
     """First row that it changes."""
-    amount: float = 0.0
-    """Factor (gain, scale), addend (offset), value (stuck), limit of magnitudes (saturate), standard deviation (noise),
-    step size (quantize), or height of spikes, one in a hundred rows."""
+    amount: float | None = None
+    """Factor (gain, scale), addend (offset), limit of magnitudes (saturate), standard deviation (noise), step size
+    (quantize), or height of spikes, one in a hundred rows; each of these kinds needs one. Value (stuck), else 0."""
+
+    def check(self, file: str, key: str) -> None:
+        """Refuse a fault that changes nothing. Raises ConfigError."""
+        if self.kind == "swap" and len(set(self.fields)) != 2:
+            raise ConfigError(file, f"{key}.fields", f"swap needs two fields, not {len(set(self.fields))}")
+        if self.kind in ("missing", "stuck", "swap"):
+            return
+        if self.kind in ("quantize", "saturate", "noise") and not (self.amount and self.amount > 0):
+            raise ConfigError(file, f"{key}.amount", f"{self.kind} needs an amount above 0")
+        if self.amount is None or self.amount == (1 if self.kind in ("gain", "scale") else 0):
+            amount = "without amount" if self.amount is None else f"by {self.amount:g}"
+            raise ConfigError(file, f"{key}.amount", f"{self.kind} {amount} changes nothing; give an amount")
 
 
 class RecordingFilter(Section, frozen=True):
@@ -181,15 +193,12 @@ class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
         begins = [scene.from_row for scene in self.scenes]
         if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
             raise ConfigError(file, f"{key}.scenes", "from_row must be 1 for the first scene, and ascend")
-        for fault in self.faults:
-            if fault.kind == "swap" and len(set(fault.fields)) != 2:
-                raise ConfigError(file, f"{key}.faults", f"swap needs two fields, not {len(set(fault.fields))}")
-            if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
-                raise ConfigError(file, f"{key}.faults", f"{fault.kind} needs an amount above 0")
+        for i, fault in enumerate(self.faults):
+            fault.check(file, f"{key}.faults[{i}]")
             for field_name in fault.fields:
                 if field_name not in fields:
                     hint = did_you_mean(field_name, fields)
-                    raise ConfigError(file, f"{key}.faults", f"no field {field_name!r}{hint}")
+                    raise ConfigError(file, f"{key}.faults[{i}].fields", f"no field {field_name!r}{hint}")
 
     def with_absolute_paths(self, base: Path) -> Self:
         return msgspec.structs.replace(self, file=str(base / self.file))

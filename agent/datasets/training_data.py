@@ -171,7 +171,8 @@ _NO_SCALE = ColumnScale(0.0, 0.0, (0.0, 0.0), 0.0, 0.0)
 class TableSummary(msgspec.Struct, frozen=True):
     """Number columns of a table, without `t`, with their scales; its rows; the distinct texts in column `label`.
 
-    `interval_s`: the median time between two rows, if the table has times.
+    `interval_s`: the median time between two rows, if the table has times. `output_labels`: number columns
+    `label_NAME`, which are left out of `columns` as labels of further outputs.
     """
 
     path: str
@@ -180,6 +181,7 @@ class TableSummary(msgspec.Struct, frozen=True):
     rows: int
     labels: list[str]
     interval_s: float | None = None
+    output_labels: list[str] = []
 
 
 def summarize_table(path: Path) -> TableSummary:
@@ -196,8 +198,8 @@ def summarize_table(path: Path) -> TableSummary:
             numbers = [name for name in names if _is_number(str(first.columns[name][0]))]
     rows, labels, steps = 0, set[str](), list[NDArray[np.float64]]()
     column = LABEL_COLUMN if LABEL_COLUMN in names else names[0]
-    # Labels of further outputs are in label_NAME.
-    fields = [n for n in numbers if n not in (TIME_COLUMN, LABEL_COLUMN) and not n.startswith(f"{LABEL_COLUMN}_")]
+    output_labels = [name for name in numbers if name.startswith(f"{LABEL_COLUMN}_")]
+    fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN, *output_labels)]
     require_columns(path, names, fields)
     if unreadable := [name for name in fields if _UNREADABLE in name]:
         raise UsageError(f"{path}: the name of column {unreadable[0]} is not UTF-8; save the table as UTF-8")
@@ -216,7 +218,7 @@ def summarize_table(path: Path) -> TableSummary:
                 values[name].append(np.asarray(block.columns[name], np.float64))
     scales = [_measure_scale(np.concatenate(values[name])) if values[name] else _NO_SCALE for name in fields]
     interval_s = _median_interval(np.concatenate(steps)) if steps else None
-    return TableSummary(str(path), fields, scales, rows, sorted(labels - {""})[:_MAX_LABELS], interval_s)
+    return TableSummary(str(path), fields, scales, rows, sorted(labels - {""})[:_MAX_LABELS], interval_s, output_labels)
 
 
 def _median_interval(steps: NDArray[np.float64]) -> float | None:

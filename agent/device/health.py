@@ -25,7 +25,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink import meter
-from agent.device.usage import measure_usage
+from agent.device.usage import save_usage
 from agent.errors import StorageFull
 from agent.wire import jws
 from agent.wire.messages import AcknowledgementRef, AckPayload
@@ -74,11 +74,12 @@ class HealthReporter:
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
             self._process_meter.tick(tx, now)
+            spent = save_usage(tx, self._conf, self._store)
             body = build_body(self._conf, self._store, self._models)
             if now.boot_s >= self._next_quote_s and (quoted := quote_acknowledgement(self._store)) is not None:
                 self._next_quote_s = now.boot_s + _QUOTE_INTERVAL_S
                 body["acknowledged"] = quoted
-            if now.boot_s >= self._next_usage_s and (spent := measure_usage(self._conf, self._store)).seconds >= 1:
+            if now.boot_s >= self._next_usage_s and spent.seconds >= 1:
                 self._next_usage_s = now.boot_s + _USAGE_INTERVAL_S
                 body["usage"] = spent
             if (metered := self._conf.broker.metered) is not None:

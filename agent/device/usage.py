@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from agent import decoders
 from agent.config import Config
 from agent.costs.usage import Usage
 from agent.device.store import cost
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
 
 # A message that carried raw rows: signature, topic and properties beside as many rows as the broker takes.
 _RAW_ENVELOPE_BYTES = 800
+# Name in table meta.
+_COUNTED = "usage"
 
 
 def stored_bytes(conf: Config, store: Store) -> int:
@@ -22,6 +28,20 @@ def raw_bytes(conf: Config, task: str, rows: int) -> int:
     size = row_bytes(conf.streams[conf.tasks[task].stream])
     rows_per_message = max(1, (conf.broker.max_message_bytes - _RAW_ENVELOPE_BYTES) // size)
     return rows * size + -(-rows // rows_per_message) * _RAW_ENVELOPE_BYTES
+
+
+def save_usage(tx: Transaction, conf: Config, store: Store) -> Usage:
+    """Save and return the usage of this moment, in the transaction that counts the time until now."""
+    usage = measure_usage(conf, store)
+    if usage.seconds >= 1:
+        tx.set_meta(_COUNTED, msgspec.json.encode(usage).decode())
+    return usage
+
+
+def load_usage(conf: Config, store: Store) -> Usage:
+    """Return the saved usage: batches since then have counted their inferences already, and no time."""
+    text = store.get_meta(_COUNTED, "")
+    return decoders.from_json(text, Usage) if text else measure_usage(conf, store)
 
 
 def measure_usage(conf: Config, store: Store) -> Usage:

@@ -228,9 +228,7 @@ def _measure_expected_error(context: EvaluationContext) -> list[MetricEstimate]:
 def _compare_float(context: EvaluationContext, file: Path) -> document.FloatComparison:
     context.on_step("predicting with the float model")
     bundle = float_comparison.load_float_bundle(file, context.bundle)
-    comparison = float_comparison.compare(
-        file, bundle, context.windows, context.result, context.predictions, context.units
-    )
+    comparison = float_comparison.compare(context, file, bundle)
     if not context.request.latency:
         return comparison
     context.on_step("measuring latency of the float model")

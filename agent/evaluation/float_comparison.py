@@ -11,8 +11,9 @@ from agent import input_files
 from agent.errors import BadBundle
 from agent.evaluation import metrics, predictions
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval, proportion_interval
+from agent.evaluation.context import EvaluationContext
 from agent.evaluation.document import FloatComparison, IntervalEstimate
-from agent.evaluation.examples import LabelledWindows, predict
+from agent.evaluation.examples import predict
 from agent.model import activation
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
@@ -20,7 +21,6 @@ from agent.model.bundle.manifest import Manifest
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox import probe
 from agent.performance.estimates import round_or_none
-from agent.performance.metrics import LabelledPredictions
 
 
 def load_float_bundle(file: Path, bundle: Bundle) -> Bundle:
@@ -33,16 +33,9 @@ def load_float_bundle(file: Path, bundle: Bundle) -> Bundle:
     return Bundle(changed, "", {"manifest.json": manifest.encode(changed), "model.tflite": content}, "")
 
 
-def compare(
-    file: Path,
-    float_bundle: Bundle,
-    windows: LabelledWindows,
-    own: InferenceResult,
-    own_predictions: LabelledPredictions,
-    units: BootstrapUnits,
-) -> FloatComparison:
+def compare(context: EvaluationContext, file: Path, float_bundle: Bundle) -> FloatComparison:
     """Compare results with those of the float model in `file`. Raises BadBundle."""
-    float_manifest = float_bundle.manifest
+    float_manifest, windows, own, units = float_bundle.manifest, context.windows, context.result, context.units
     try:
         float_model = activation.open_for_files(float_bundle)
     except BadBundle as problem:
@@ -61,7 +54,7 @@ def compare(
         max_output_difference=round_or_none(float(differences.max())) or 0.0,
         mean_output_difference=round_or_none(float(differences.mean())) or 0.0,
         float_metric=metrics.primary_interval(kind, metric, windows.truth, units),
-        metric_difference=percentile_interval(metrics.primary_metric(kind, own_predictions, units) - metric),
+        metric_difference=percentile_interval(metrics.primary_metric(kind, context.predictions, units) - metric),
     )
 
 

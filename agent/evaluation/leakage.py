@@ -18,6 +18,7 @@ from agent.evaluation.document import CheckResult, not_checked, passed, warning
 from agent.evaluation.examples import Dataset, LabelledWindows, training_mask
 from agent.evaluation.sensitivity import WindowSample
 from agent.performance.metrics import LabelledPredictions, compute_value
+from agent.text import list_names
 
 TRAIN_TEST_DUPLICATES, GROUP_LEAKAGE = "train-test duplicates", "group leakage"
 DUPLICATE_GROUPS, TEMPORAL_LEAKAGE, TARGET_LEAKAGE = "duplicate groups", "temporal leakage", "target leakage"
@@ -88,7 +89,7 @@ def _check_groups(windows: LabelledWindows, group: str | None, train: TrainingRo
     shared = sorted(set(windows.columns[group].tolist()) & set(train.dataset.columns[group][train.mask].tolist()))
     if not shared:
         return passed(GROUP_LEAKAGE, f"No {group} of the test is in the training data.")
-    text = f"{group} {_format_names(shared)} {'is' if len(shared) == 1 else 'are'} in the training data, too"
+    text = f"{group} {list_names(shared, _MAX_NAMES)} {'is' if len(shared) == 1 else 'are'} in the training data, too"
     return warning(GROUP_LEAKAGE, f"{text}: the metrics do not show how the model does on a new {group}.")
 
 
@@ -114,7 +115,8 @@ def _check_duplicate_groups(windows: LabelledWindows, window_rows: int, group: s
     ]
     if not duplicates:
         return passed(DUPLICATE_GROUPS, f"No {group} shares rows with another ({hit.mean():.1%} of windows).")
-    text = f"{group} {_format_names(duplicates)} share rows with another {group} ({hit.mean():.1%} of all windows)"
+    share = f"{hit.mean():.1%} of all windows"
+    text = f"{group} {list_names(duplicates, _MAX_NAMES)} share rows with another {group} ({share})"
     return warning(DUPLICATE_GROUPS, f"{text}: one of them is counted twice, perhaps under a wrong name.")
 
 
@@ -221,7 +223,3 @@ def any_in_windows(mask: Bools, starts: Ints, window_rows: int) -> Bools:
     within = window_rows - min(_ROWS_PER_FINGERPRINT, window_rows) + 1
     sums = np.concatenate([[0], np.cumsum(mask)])
     return np.asarray(sums[starts + within] > sums[starts])
-
-
-def _format_names(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")

@@ -179,9 +179,12 @@ class _ReplyMatcher:
 
     def wait(self, link: BrokerLink, token: int, wait_s: float) -> tuple[ReplyPayload | None, str]:
         """Return the reply to the command that was sent as `token`, or the reason why there is none."""
-        end = time.monotonic() + wait_s
-        while (left := end - time.monotonic()) > 0:
-            for event in link.receive(min(left, _REFRESH_S)):
+        end, is_over = time.monotonic() + wait_s, False
+        while not is_over:
+            left = end - time.monotonic()
+            # The last look comes after the end: a process that was stopped meanwhile has not read its reply.
+            is_over = left <= 0
+            for event in link.receive(max(0.0, min(left, _REFRESH_S))):
                 if isinstance(event, IncomingMessage):
                     link.acknowledge(event)
                     if (reply := self.match_reply(event)) is not None:

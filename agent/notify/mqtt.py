@@ -30,17 +30,23 @@ def send(target: MqttTarget, message: Notification) -> None:
         }
     )
     try:
-        with Link(
-            target.broker, f"outstation-notify-{secrets.token_hex(6)}", retains=True, timeout_s=TIMEOUT_S
-        ) as link:
-            token = link.send(OutgoingMessage(target.topic, body, retain=message.kind == "open"))
-            end = time.monotonic() + TIMEOUT_S
-            while (left := end - time.monotonic()) > 0:
-                for event in link.receive(left):
-                    if isinstance(event, PublishReceipt) and event.token == token:
-                        if event.is_accepted:
-                            return
-                        raise SendFailed(f"the broker refuses {target.topic}: {event.reason}; check its access list")
+        link = Link(target.broker, f"outstation-notify-{secrets.token_hex(6)}", retains=True, timeout_s=TIMEOUT_S)
+        try:
+            _publish(link, target, OutgoingMessage(target.topic, body, retain=message.kind == "open"))
+        finally:
+            # To wait for the broker would delay the outcome, and a stop meanwhile would send the message again.
+            link.close(wait_s=0.0)
     except LinkDown as down:
         raise SendFailed(str(down)) from None
+
+
+def _publish(link: Link, target: MqttTarget, message: OutgoingMessage) -> None:
+    token = link.send(message)
+    end = time.monotonic() + TIMEOUT_S
+    while (left := end - time.monotonic()) > 0:
+        for event in link.receive(left):
+            if isinstance(event, PublishReceipt) and event.token == token:
+                if event.is_accepted:
+                    return
+                raise SendFailed(f"the broker refuses {target.topic}: {event.reason}; check its access list")
     raise SendFailed(f"{target.broker.shown_url}: no receipt within {TIMEOUT_S:g} s")

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from agent import clock
 from agent.names import is_name
 from agent.text import printable
 
@@ -21,7 +22,6 @@ MAX_LABEL = 256
 # Separator of the labels of a multi-label result, the text for no label, and the most labels a model may have.
 SEPARATOR, NO_LABEL, MAX_MULTILABEL_CLASSES = "|", "-", 16
 _ANOMALY_TEXTS = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
-_MAX_TIME_S = 4_102_444_800.0  # 2100-01-01
 # Its square, and the sum of many squares, must be finite.
 _MAX_NUMBER = 1e100
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -144,7 +144,7 @@ def parse_label(row: Any, t: Any, text: Any, source: Any = None, output: Any = N
         raise ValueError("give one of row and t")
     if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not 1 <= row < 2**53):
         raise ValueError(f"row {str(row)[:40]!r} is no row number; they count from 1")
-    if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= _MAX_TIME_S):
+    if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= clock.MAX_TIME_S):
         raise ValueError(f"t = {str(t)[:40]!r} must be seconds since 1970")
     source = HUMAN if source in (None, "") else source
     if source not in SOURCES:

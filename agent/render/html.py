@@ -11,6 +11,11 @@ from agent.render.theme import adaptive_css
 
 # A table that is wider than the screen scrolls by itself: shadows at its edges and the keyboard show that.
 SCROLL_ATTRIBUTES = 'class="scroll" tabindex="0" role="group" aria-label="table"'
+SCROLL_SHADOWS = """\
+background:linear-gradient(90deg,var(--paper) 40%,transparent) 0/60px 100% no-repeat local,
+linear-gradient(-90deg,var(--paper) 40%,transparent) 100%/60px 100% no-repeat local,
+linear-gradient(90deg,var(--reference-edge),transparent) 0/12px 100% no-repeat,
+linear-gradient(-90deg,var(--reference-edge),transparent) 100%/12px 100% no-repeat"""
 # The page loads nothing, so the browser need not allow anything.
 _CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _CSS = """
@@ -30,7 +35,8 @@ p{margin:0 0 12px;max-width:72ch}
 .card>svg{margin-top:8px}
 .tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));margin:20px 0 8px}
 .tile{border:1px solid var(--grid);border-radius:10px;padding:12px 16px;background:var(--panel)}
-.tile b{display:block;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile{display:flex;flex-direction:column}
+.tile b{display:block;margin-top:auto;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{display:block;font-size:13px;color:var(--muted)}
 .notice{border-left:4px solid var(--drift);background:var(--drift-band);border-radius:6px}
 .notice{padding:10px 16px;margin:16px 0}
@@ -39,11 +45,7 @@ p{margin:0 0 12px;max-width:72ch}
 .notes{color:var(--muted);font-size:14px;margin:12px 0 0;padding-left:18px}
 .notice li{margin:2px 0;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto;max-width:560px;font-family:inherit}
-.scroll{overflow-x:auto;margin:8px 0;
-background:linear-gradient(90deg,var(--paper) 40%,transparent) 0/60px 100% no-repeat local,
-linear-gradient(-90deg,var(--paper) 40%,transparent) 100%/60px 100% no-repeat local,
-linear-gradient(90deg,var(--reference-edge),transparent) 0/12px 100% no-repeat,
-linear-gradient(-90deg,var(--reference-edge),transparent) 100%/12px 100% no-repeat}
+.scroll{overflow-x:auto;margin:8px 0;SCROLL_SHADOWS}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 14px 6px 0;border-bottom:1px solid var(--grid);vertical-align:top}
 th{font-weight:600;color:var(--muted);font-size:13px;white-space:nowrap}
@@ -74,7 +76,7 @@ def to_html(content: Content) -> str:
 
 
 def render_document(title: str, body: Sequence[Markup], more_css: str = "") -> str:
-    css = _CSS.replace("FONT", FONT) + more_css
+    css = _CSS.replace("FONT", FONT).replace("SCROLL_SHADOWS", SCROLL_SHADOWS) + more_css
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_SECURITY_POLICY}">'

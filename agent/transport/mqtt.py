@@ -104,6 +104,7 @@ class Link:
         self._events: list[IncomingMessage | PublishReceipt] = []
         self._lost_reason: str | None = None
         self._is_packet_refused = False
+        self._retained_requests = 0
         self._traffic_bytes = 0
         self._handshake = _Handshake()
         self._paho_log = _PahoLog()
@@ -207,19 +208,28 @@ class Link:
 
         A shared subscription brings none. Until the broker reads the end of this one, new messages arrive as well.
         """
+        self._retained_requests += 1
         self._client.subscribe([(topic, SubscribeOptions(qos=1, retainAsPublished=True)) for topic in filters])
         self._client.unsubscribe(list(filters))
+
+    @property
+    def is_request_pending(self) -> bool:
+        """Return True until the broker has confirmed each `request_retained`; messages may follow in its window."""
+        return self._retained_requests > 0
 
     def wake(self) -> None:
         """End a waiting `receive`. Safe from any thread."""
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"!")
 
-    def close(self) -> None:
-        """Send DISCONNECT and close once the broker has read all that was sent; it drops the Will."""
+    def close(self, wait_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Send DISCONNECT and close once the broker has read all that was sent; it drops the Will.
+
+        Where every receipt was received, and there is no Will, `wait_s` may be 0.
+        """
         try:
             if self._lost_reason is None:
-                self._disconnect()
+                self._disconnect(wait_s)
         finally:
             self._release()
 
@@ -233,13 +243,13 @@ class Link:
         """Cut the connection without DISCONNECT, so that the broker publishes the Will."""
         self._release()
 
-    def _disconnect(self) -> None:
-        """Send DISCONNECT, and wait until the broker closes the connection, up to `_CLOSE_TIMEOUT_S`.
+    def _disconnect(self, wait_s: float) -> None:
+        """Send DISCONNECT, and wait until the broker closes the connection, up to `wait_s`.
 
         A socket that is closed with unread receipts resets the connection: the broker then drops what it has not read,
         DISCONNECT included, and publishes the Will.
         """
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        deadline = time.monotonic() + wait_s
         try:
             # paho closes its own descriptor as soon as it has written DISCONNECT.
             connection = socket.socket(fileno=os.dup(self.fileno()))
@@ -276,6 +286,7 @@ class Link:
         client.connect_timeout = timeout_s
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
         client.on_disconnect = self._on_disconnect
         client.on_socket_close = lambda _client, _data, sock: self._count_traffic(sock)
         client.enable_logger(self._paho_log)  # type: ignore[arg-type]
@@ -385,6 +396,9 @@ class Link:
 
     def _on_subscribe(self, _client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
         self._handshake.subscribed = [(reason.value, str(reason)) for reason in reasons]
+
+    def _on_unsubscribe(self, _client: Any, _data: Any, _mid: int, _reasons: Any, _properties: Any) -> None:
+        self._retained_requests -= 1
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         self._is_packet_refused |= reason.value == PACKET_TOO_LARGE

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from agent.testing.patience import TIMEOUT_S, Patience
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 
@@ -18,15 +18,14 @@ def subscribe_anyway(link: Link, filters: Sequence[str]) -> list[str]:
     """Subscribe whatever the broker answers, and keep the connection; return the refusals, "" where there is none."""
     link._handshake.subscribed.clear()
     link._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in filters])
-    link._wait_until(lambda: bool(link._handshake.subscribed), 10.0, "no SUBACK")
+    link._wait_until(lambda: bool(link._handshake.subscribed), TIMEOUT_S, "no SUBACK")
     return [reason if code >= 0x80 else "" for code, reason in link._handshake.subscribed]
 
 
 def publish_one(link: Link, message: OutgoingMessage) -> int:
     """Publish a message and return the broker's reason code."""
-    token = link.send(message)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+    token, patience = link.send(message), Patience(TIMEOUT_S)
+    while not patience.is_over():
         for event in link.receive(1.0):
             if isinstance(event, PublishReceipt) and event.token == token:
                 return event.code
@@ -45,12 +44,22 @@ def publish_all(link: Link, messages: Sequence[OutgoingMessage]) -> None:
         waiting -= {event.token for event in link.receive(5.0) if isinstance(event, PublishReceipt)}
 
 
-def receive_messages(link: Link, n: int, timeout_s: float = 10.0) -> list[IncomingMessage]:
+def receive_messages(link: Link, n: int, timeout_s: float = TIMEOUT_S) -> list[IncomingMessage]:
+    """Return the next `n` messages, or those that came within `timeout_s`."""
     messages: list[IncomingMessage] = []
-    deadline = time.monotonic() + timeout_s
-    while len(messages) < n and time.monotonic() < deadline:
+    patience = Patience(timeout_s)
+    while len(messages) < n and not patience.is_over():
         for event in link.receive(0.2):
             if isinstance(event, IncomingMessage):
                 link.acknowledge(event)
                 messages.append(event)
     return messages
+
+
+def receive_through(link: Link, last: bytes, timeout_s: float = TIMEOUT_S) -> list[bytes]:
+    """Return the payloads up to `last`, or those that came within `timeout_s`."""
+    payloads: list[bytes] = []
+    patience = Patience(timeout_s)
+    while last not in payloads and not patience.is_over():
+        payloads += [event.payload for event in link.receive(0.2) if isinstance(event, IncomingMessage)]
+    return payloads

@@ -169,7 +169,7 @@ def test_the_month_of_simulated_devices_says_that_processor_time_is_not_measured
     collected(folder, sender, sender.append("health", outbox=0, usage=usage))
     assert document("cost", "--dir", folder)["fleet"]["cpu_s"] is None
     text = run("cost", "--dir", folder).stdout
-    assert re.search(r"pi-07 +24\.00 h +304,375 +- +30\.4 GB +30\.4 MB +-\n", text)
+    assert re.search(r"pi-07 +24 h +304,375 +- +30\.4 GB +30\.4 MB +-\n", text)
     assert "304,375 inferences, 30.4 GB on flash, 30.4 MB on the air\nNot measured: processor time and energy." in text
 
 

@@ -59,7 +59,11 @@ def publish(broker: MosquittoBroker, messages: list[tuple[str, Any]], stop: thre
             link.receive(0.05)
 
 
-def test_a_stream_is_proposed_from_messages_of_a_broker_with_paths_and_levels_of_the_topic(tmp_path: Path) -> None:
+def test_a_stream_is_proposed_from_messages_of_a_broker_with_paths_and_levels_of_the_topic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two rounds of the messages end it.
+    monkeypatch.setattr("agent.cli.proposal.stream._MAX_MESSAGES", 6)
     head = {"Time": "2026-11-27T10:00:00", "on": True}
     messages: list[tuple[str, Any]] = [
         ("tele/attic/SENSOR", {**head, "AM2301": {"Temperature": 20.1, "Humidity": 40}}),
@@ -71,7 +75,7 @@ def test_a_stream_is_proposed_from_messages_of_a_broker_with_paths_and_levels_of
         thread = threading.Thread(target=publish, args=(broker, messages, stop))
         thread.start()
         try:
-            options = ["--from", broker.url, "--topic", "tele/+/SENSOR", "--listen", "1 s"]
+            options = ["--from", broker.url, "--topic", "tele/+/SENSOR"]
             done = call_outstation("init", str(tmp_path / "pi"), *options)
         finally:
             stop.set()

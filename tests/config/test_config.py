@@ -303,21 +303,33 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         ),
         (
             STREAM
-            + "source = { kind = 'replay', file = 'x', faults = [{ kind = 'gain', fields = ['az'], from_row = 1 }] }",
-            "streams.watch.source.faults",
+            + "source = { kind = 'replay', file = 'x', faults = [{ kind = 'stuck', fields = ['az'], from_row = 1 }] }",
+            "streams.watch.source.faults[0].fields",
             "no field 'az'; did you mean 'ax'?",
         ),
         (
             STREAM
             + "source = { kind = 'replay', file = 'x', faults = [{ kind = 'swap', fields = ['ax'], from_row = 1 }] }",
-            "streams.watch.source.faults",
+            "streams.watch.source.faults[0].fields",
             "swap needs two fields, not 1",
         ),
         (
             STREAM + "source = { kind = 'replay', file = 'x', faults = "
             "[{ kind = 'quantize', fields = ['ax'], from_row = 1 }] }",
-            "streams.watch.source.faults",
+            "streams.watch.source.faults[0].amount",
             "quantize needs an amount above 0",
+        ),
+        (
+            STREAM
+            + "source = { kind = 'replay', file = 'x', faults = [{ kind = 'gain', fields = ['ax'], from_row = 1 }] }",
+            "streams.watch.source.faults[0].amount",
+            "gain without amount changes nothing; give an amount",
+        ),
+        (
+            STREAM + "source = { kind = 'replay', file = 'x', faults = "
+            "[{ kind = 'offset', fields = ['ax'], from_row = 1, amount = 0 }] }",
+            "streams.watch.source.faults[0].amount",
+            "offset by 0 changes nothing; give an amount",
         ),
         (
             STREAM + "source = { kind = 'replay', file = 'x', speed = 0 }",

@@ -179,7 +179,7 @@ def test_the_thread_tells_within_seconds_and_ends(device: Device, hook: HookServ
     thread.start()
     device.alert()
     wait_until("the post", lambda: hook.posts)
-    patience = Patience(5.0)
+    patience = Patience(20.0)
     thread.stop()
     assert not patience.is_over()
 

@@ -65,7 +65,6 @@ def test_the_demo_ends_with_a_passed_audit_of_every_device(report: Any) -> None:
     assert audit["devices"] == 4
     assert audit["messages"] > 4 * 20
     assert (audit["gaps"], audit["duplicates"], audit["invalid"]) == ([], 0, [])
-    assert report["seconds"] < 20 + 60
 
 
 def test_drift_and_the_fault_are_reported_on_their_devices_only(report: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.testing.fleet import LocalFleet
+from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from tests.end_to_end.test_privacy import PATIENTS, Hospital, planted
@@ -18,6 +19,7 @@ from tests.kit.commands import audit_fleet, call_outstation
 
 pytestmark = pytest.mark.attack("privacy")
 
+KINDS = {"results", "drift", "quality", "audit", "health", "state", "keys", "reply"}
 # The owner lets everything out, so that the collector gets the planted values.
 _OPEN = "[privacy]\nmin_count = 1\nvalues_in_logs = true\n"
 
@@ -50,6 +52,9 @@ class Recorder:
     def from_device(self) -> Iterator[IncomingMessage]:
         return (m for m in self.messages if m.topic.split("/")[3] not in ("ack", "cmd", "desired"))
 
+    def kinds(self) -> set[str]:
+        return {message.topic.split("/")[3] for message in self.messages}
+
 
 @pytest.mark.parametrize("encrypt", [True, pytest.param(False, marks=pytest.mark.attack("privacy", control=True))])
 def test_a_recording_of_all_topics_has_no_planted_value(tmp_path: Path, encrypt: bool) -> None:
@@ -61,14 +66,13 @@ def test_a_recording_of_all_topics_has_no_planted_value(tmp_path: Path, encrypt:
         assert reply.returncode == 0, reply.stdout + reply.stderr
         code, audit = audit_fleet(fleet.home)
         assert (code, audit["gaps"]) == (0, [])
+        wait_until("every kind is recorded", lambda: recorder.kinds() >= KINDS)
         recorder.stop()
         # Retained messages, as a client that comes later gets them.
         later = Recorder(fleet.broker.url)
         hospital.device.stop()
         later.stop()
         sent = [*recorder.from_device(), *later.from_device()]
-        kinds = {message.topic.split("/")[3] for message in sent}
-        assert kinds >= {"results", "drift", "quality", "audit", "health", "state", "keys", "reply"}
         recorded = b"\n".join(message.payload + "".join(message.tokens).encode() for message in sent)
         assert {message.sealed for message in sent} == {encrypt}
         # The collector has the values, so they were sent.

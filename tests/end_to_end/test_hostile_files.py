@@ -143,7 +143,7 @@ def test_a_file_in_hand_at_two_deaths_of_the_daemon_goes_to_failed(tmp_path: Pat
     device, marker = SmallDevice(tmp_path), tmp_path / "data" / "reading.tables"
     try:
         device.start()
-        device.put("tables/a.parquet", write_parquet(tmp_path / "draft", 20_000, 60_000))
+        device.put("tables/a.parquet", write_parquet(tmp_path / "draft", 400_000, 60_000))
         for deaths in (1, 2):
             # The marker of the death before is there until the daemon reads the file again.
             wait_until("the file is in hand", partial(counts_deaths, marker, deaths))

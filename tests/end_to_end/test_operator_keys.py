@@ -32,7 +32,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def device(fleet: LocalFleet) -> DeviceProcess:
-    return fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_connect()
+    return fleet.add_device("pi-01").add_replay_stream(10**9, 10).add_task("exercise").start_and_connect()
 
 
 def run(fleet: LocalFleet, *words: str) -> tuple[int, str]:

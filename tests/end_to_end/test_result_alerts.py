@@ -55,7 +55,8 @@ def test_alerts_reach_the_collector_once_each_although_the_daemon_is_killed(coll
         wait_until("results arrive", lambda rows=share * ROWS: collector.last_result_row("pi-07") >= rows)  # type: ignore[misc]
         device.kill()
         device.start_and_wait()
-    wait_until("all results arrive", lambda: collector.last_result_row("pi-07") >= ROWS - 200, timeout_s=90)
+    wait_until("all results arrive", lambda: collector.last_result_row("pi-07") >= ROWS - 200)
+    wait_until("nothing is left to send", lambda: device.status()["outbox"]["waiting"] == 0)
     assert device.stop() == 0
     results = collector.query(RESULTS)
     expected = {f"class-{n}": expected_states([x == label for _, x, _ in results]) for n, label in enumerate(labels)}

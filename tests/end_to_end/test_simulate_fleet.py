@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from agent.simulate import disturbances, plan
+from agent.simulate.simulation import Simulation
 from agent.testing.broker import MosquittoBroker
 from agent.testing.process import find_program
 from tests.end_to_end.test_demo import left_over
@@ -18,9 +20,9 @@ from tests.end_to_end.test_demo import left_over
 NAMES = plan.device_names(50)
 
 
-def simulate(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def simulate(home: Path, *arguments: str, timeout_s: float = 170.0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "agent", "fleet", "simulate", "--dir", str(home), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 def drawn(seed: int, **counts: int) -> disturbances.Disturbances:
@@ -53,6 +55,27 @@ def test_some_outages_begin_before_the_rollout_and_all_end() -> None:
     away = list(drawn(5).outages.values())
     assert 0 < sum(item.begin_s == 0.0 for item in away) < len(away)
     assert all(item.end_s > item.begin_s for item in away)
+
+
+def test_a_simulation_has_started_once_the_slowest_device_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def spawn(simulation: Simulation, name: str, *_: str) -> None:
+        simulation.log_path(name).write_text("", encoding="utf-8")
+        simulation.processes[name] = Mock()
+
+    def look(simulation: Simulation) -> None:
+        looks.append(len(simulation.processes))
+        if len(looks) == 3:
+            for name in NAMES[:2]:
+                simulation.log_path(name).write_text("running: 1 stream", encoding="utf-8")
+
+    monkeypatch.setattr(Simulation, "_start_broker", Mock())
+    monkeypatch.setattr(Simulation, "spawn", spawn)
+    monkeypatch.setattr(Simulation, "restart_exited", look)
+    Simulation(tmp_path, plan.demo_plan(2, 20.0)).start()
+    # All processes were started before: the collector and both devices.
+    assert looks == [3, 3, 3]
 
 
 @pytest.fixture(scope="module")

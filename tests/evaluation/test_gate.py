@@ -18,7 +18,7 @@ from agent.evaluation import gate, label_quality, report, small_cells
 from agent.evaluation.context import EvaluationRequest
 from agent.evaluation.document import Evaluation
 from agent.model.bundle import bundle
-from scripts.kit.bundles import CLASSIFY, LABELS, REGRESS, packed
+from scripts.kit.bundles import CLASSIFY, KEY, LABELS, REGRESS, packed
 from tests.kit.evaluations import evaluated
 
 CENTRES = np.arange(2000) // 7 % 3
@@ -278,5 +278,6 @@ def test_a_report_of_no_requirement_and_data_of_another_kind_are_refused(tabular
     assert "give --require or --against" in str(refused.exception)
     wrong = run("machine", data)
     assert "none of its rows can be read; the first: " in str(wrong.exception)
-    other = run(tabular, data, "--against", "exercise")
+    # Another publisher than that of the program's own bundle.
+    other = run(tabular, data, "--publisher", KEY.public.text, "--against", "exercise")
     assert str(other.exception).startswith(f"--against exercise: {data}: no column ax")

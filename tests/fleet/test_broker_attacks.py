@@ -26,6 +26,7 @@ from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.messages import MessageSender
+from agent.testing.patience import TIMEOUT_S, Patience, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire.keys import generate, load_private
@@ -363,7 +364,7 @@ def test_a_collector_made_anew_tells_a_silent_device_that_it_has_nothing(site: S
         message = site.senders["pi-07"].results()
         publish_one(device, message.to_outgoing())
         collect(site, lambda collector: collector.stored_count == 1 and not collector.acknowledger.has_pending)
-        assert [json.loads(ack.payload)["through"] for ack in receive_messages(device, 1, 10)] == [1]
+        assert [json.loads(ack.payload)["through"] for ack in receive_messages(device, 1)] == [1]
         device.close()
         site.store.close()
         Path(site.config.fleet.db).unlink()
@@ -371,13 +372,13 @@ def test_a_collector_made_anew_tells_a_silent_device_that_it_has_nothing(site: S
         for name, sender in site.senders.items():
             site.store.enrol(name, sender.key.public, replace=False, now=NOW)
         device = Link(site.as_device("pi-07"), "pi-07", subscribe=[f"{BASE}/pi-07/ack"])
-        began = time.monotonic()
+        patience = Patience(TIMEOUT_S)
         collector = Collector("acme", site.as_collector, site.store, site.key)
         connection = collector._connect()
         while collector._missing_devices != {"pi-08"} or collector.acknowledger.has_pending:
-            assert time.monotonic() < began + 10
+            assert not patience.is_over()
             collector.tick(connection, 0.1)
-        acks = [json.loads(ack.payload) for ack in receive_messages(device, 2, 10)]
+        acks = [json.loads(ack.payload) for ack in receive_messages(device, 2)]
         # The first one is that of the lost database.
         log = json.loads(message.payload)["log"]
         assert [(ack["through"], ack["missing"], ack["log"]) for ack in acks] == [(1, [], log), (0, [], log)]
@@ -404,8 +405,14 @@ def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
 
         collect(site, has_all, quota)
         assert 100 <= counts(site)["pi-07"] < 300
-        through = {body["device"]: body["through"] for body in map(read_json, receive_messages(ack, 99, 2.0))}
-        assert through["pi-08"] == 60
+        through: dict[str, int] = {}
+
+        def is_honest_one_acknowledged() -> bool:
+            acks = map(read_json, receive_messages(ack, 99, 0.5))
+            through.update({body["device"]: body["through"] for body in acks})
+            return through.get("pi-08") == 60
+
+        wait_until("all of the honest device is acknowledged", is_honest_one_acknowledged)
         assert through["pi-07"] <= counts(site)["pi-07"], "nothing is acknowledged that is not stored"
         for other in (thief, link, ack):
             other.close()
@@ -446,7 +453,8 @@ def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> Non
 
         collect(site, has_deleted)
         watcher = Link(site.as_operator, "o", subscribe=[f"{BASE}/pi-07/#"])
-        assert [message.topic for message in receive_messages(watcher, 9, 1.0)] == [f"{BASE}/pi-07/state"]
+        seen = receive_messages(watcher, 1) + receive_messages(watcher, 9, 0.5)
+        assert [message.topic for message in seen] == [f"{BASE}/pi-07/state"]
         for other in (thief, watcher):
             other.close()
 
@@ -508,7 +516,8 @@ def test_collectors_that_share_messages_see_what_is_retained_too(site: Site) -> 
         assert [(message.topic[-6:], message.retained) for message in receive_messages(link, 1)] == [("before", True)]
         publish_all(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x", retain=True)])
         publish_all(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x")])
-        assert [message.retained for message in receive_messages(link, 3, 1.0)] == [True, False]
+        seen = receive_messages(link, 2) + receive_messages(link, 1, 0.5)
+        assert [message.retained for message in seen] == [True, False]
         thief.close()
         link.close()
 

@@ -502,8 +502,11 @@ def test_a_collector_started_before_its_broker_waits_and_then_collects(
     collector = Collector(FLEET, BrokerConfig(url=broker.url), store, new_key())
     done = threading.Event()
 
+    def count_attempts() -> int:
+        return sum("trying again" in record.message for record in caplog.records)
+
     def play() -> None:
-        time.sleep(0.3)
+        wait_until("the first attempt", lambda: count_attempts() == 1)
         with broker:
             link = Link(BrokerConfig(url=broker.url), "pi-07")
             wait_until("a connection", lambda: collector._link is not None)
@@ -520,7 +523,7 @@ def test_a_collector_started_before_its_broker_waits_and_then_collects(
     thread.join()
     assert store.count_messages() == 1
     store.close()
-    assert sum("trying again" in record.message for record in caplog.records) == 1
+    assert count_attempts() == 1
 
 
 COLLECT = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "collect", "--dir"]

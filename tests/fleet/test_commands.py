@@ -127,7 +127,11 @@ def test_a_reply_is_accepted_once_the_collector_has_stored_its_new_key(keyring: 
                 keyring._store.enrol(DEVICE, new.public, replace=True, now=TIME)
             return super().receive(timeout_s)
 
-    assert through(Learning(lambda command: [reply(command, new)]), keyring, 2.0).ok
+    assert through(Learning(lambda command: [reply(command, new)]), keyring, 60.0).ok
+
+
+def test_a_reply_from_before_the_last_look_is_read(keyring: Keyring) -> None:
+    assert through(Broker(lambda command: [reply(command)]), keyring, 0.0).ok
 
 
 def test_the_reply_to_a_rotation_is_accepted_from_the_former_key(keyring: Keyring) -> None:

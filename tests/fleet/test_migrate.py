@@ -139,9 +139,18 @@ def test_the_database_of_a_running_collector_is_not_copied(
 def test_no_collector_starts_on_a_database_that_is_copied(source: FleetStore, tmp_path: Path) -> None:
     with FleetStore(tmp_path / "fleet.db") as copying_store:
         assert copying_store.exclude_collectors()
-        with pytest.raises(StorageBusy, match="collect into the new database"):
+        with pytest.raises(StorageBusy, match="fleet migrate` copies it"):
             source.join_collectors()
     assert source.join_collectors() == 1
+
+
+def test_a_second_collector_on_one_sqlite_file_is_refused(source: FleetStore, tmp_path: Path) -> None:
+    init_fleet(tmp_path / "acme", FLEET, BrokerConfig())
+    assert source.join_collectors() == 1
+    arguments = ["collect", "--db", f"sqlite:///{tmp_path / 'fleet.db'}", "--dir", str(tmp_path / "acme")]
+    with pytest.raises(StorageBusy, match="another collector runs on it"):
+        CliRunner().invoke(fleet, arguments, catch_exceptions=False)
+    assert source.join_collectors() == 1, "the one that runs keeps its place"
 
 
 def test_a_target_with_rows_is_refused(source: FleetStore, target: FleetStore) -> None:

@@ -22,9 +22,10 @@ from agent.device.machine import certificate
 from agent.errors import RowRejected, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import device_list, pki, renewal
+from agent.fleet.enrolment import device_list, pki, renewal, revocation
 from agent.fleet.enrolment.enrol import enrol, enrol_on_this_machine, init_fleet
 from tests.kit.commands import call_outstation
+from tests.kit.enrolments import let_in
 
 YEAR = timedelta(days=365)
 
@@ -50,6 +51,16 @@ def due(tmp_path: Path, fleet: FleetConfig, before: timedelta, *only: str) -> li
         return renewal.list_due(tmp_path / "acme", store, before, frozenset(only))
 
 
+def issue(tmp_path: Path, fleet: FleetConfig, entry: renewal.DueCertificate) -> bytes | None:
+    with FleetStore(Path(fleet.fleet.db)) as store:
+        return renewal.issue(tmp_path / "acme", fleet, store, entry)
+
+
+def confirm(tmp_path: Path, fleet: FleetConfig, entry: renewal.DueCertificate, pem: bytes) -> None:
+    with FleetStore(Path(fleet.fleet.db)) as store:
+        renewal.confirm(tmp_path / "acme", fleet, store, entry, pem)
+
+
 def test_a_certificate_ends_after_a_year_and_is_due_before(tmp_path: Path, fleet: FleetConfig, device: Config) -> None:
     [entry] = due(tmp_path, fleet, YEAR)
     assert abs(entry.end - datetime.now(UTC) - YEAR) < timedelta(hours=1)
@@ -62,14 +73,44 @@ def test_a_certificate_ends_after_a_year_and_is_due_before(tmp_path: Path, fleet
 def test_a_renewal_that_was_not_confirmed_sends_the_same_certificate_again(
     tmp_path: Path, fleet: FleetConfig, device: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    [entry] = due(tmp_path, fleet, YEAR)
+    monkeypatch.setattr(pki, "DEVICE_LIFETIME", 2 * YEAR)
+    pem = issue(tmp_path, fleet, entry)
+    assert pem
+    assert issue(tmp_path, fleet, entry) == pem
+    assert due(tmp_path, fleet, YEAR) == [entry]
+    confirm(tmp_path, fleet, entry, pem)
+    assert due(tmp_path, fleet, YEAR) == []
+
+
+def test_a_device_that_is_revoked_while_others_are_renewed_gets_no_certificate(
+    tmp_path: Path, fleet: FleetConfig, device: Config
+) -> None:
+    folder = tmp_path / "acme"
+    [entry] = due(tmp_path, fleet, YEAR)
+    with FleetStore(Path(fleet.fleet.db)) as store:
+        done = revocation.revoke_device(folder, fleet, store, "pi-07", None, "2026-01-01T00:00:00Z")
+    assert done.certificates == [f"{entry.certificate.serial_number:x}"]
+    assert issue(tmp_path, fleet, entry) is None
+    assert len([*(folder / "issued" / "pi-07").iterdir()]) == 1
+
+
+def test_a_late_confirmation_does_not_bring_back_the_certificate_of_a_replaced_device(
+    tmp_path: Path, fleet: FleetConfig, device: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "acme"
     [entry] = due(tmp_path, fleet, YEAR)
     monkeypatch.setattr(pki, "DEVICE_LIFETIME", 2 * YEAR)
-    pem = renewal.issue(folder, fleet, entry)
-    assert renewal.issue(folder, fleet, entry) == pem
-    assert due(tmp_path, fleet, YEAR) == [entry]
-    renewal.confirm(folder, "pi-07", pem)
-    assert due(tmp_path, fleet, YEAR) == []
+    pem = issue(tmp_path, fleet, entry)
+    assert pem
+    let_in(fleet, folder, "pi-07", replace=True)
+    confirm(tmp_path, fleet, entry, pem)
+    [current] = due(tmp_path, fleet, 3 * YEAR)
+    assert current.certificate.public_key() != entry.certificate.public_key()
+    listed = x509.load_pem_x509_crl((folder / "crl.pem").read_bytes())
+    renewed = x509.load_pem_x509_certificate(pem)
+    assert listed.get_revoked_certificate_by_serial_number(renewed.serial_number) is not None
+    assert listed.get_revoked_certificate_by_serial_number(current.certificate.serial_number) is None
 
 
 def test_a_device_uses_the_certificate_that_ends_last_and_keeps_its_key(
@@ -78,7 +119,7 @@ def test_a_device_uses_the_certificate_that_ends_last_and_keeps_its_key(
     [entry] = due(tmp_path, fleet, YEAR)
     assert certificate.choose_certificate(device) == device.broker
     monkeypatch.setattr(pki, "DEVICE_LIFETIME", 2 * YEAR)
-    pem = renewal.issue(tmp_path / "acme", fleet, entry).decode()
+    pem = (issue(tmp_path, fleet, entry) or b"").decode()
     end = certificate.install_certificate(device, pem)
     assert end > entry.end
     assert certificate.install_certificate(device, pem) == end
@@ -99,7 +140,7 @@ def test_a_renewal_with_a_lost_answer_is_repeated(tmp_path: Path, fleet: FleetCo
     # The certificate of `entry` is archived, and valid.
     assert renewal.may_have_newer(folder, former)
     assert not renewal.may_have_newer(folder, entry)
-    assert renewal.issue(folder, fleet, former) == entry.certificate.public_bytes(Encoding.PEM)
+    assert issue(tmp_path, fleet, former) == entry.certificate.public_bytes(Encoding.PEM)
 
 
 Forge = Callable[[FleetConfig, renewal.DueCertificate], bytes]

@@ -252,6 +252,15 @@ def test_two_devices_revoked_at_once_are_both_on_the_list(desk: Desk) -> None:
     assert {client["username"] for client in rules["clients"] if client.get("disabled")} == {"pi-07", "pi-08"}
 
 
+def test_no_entry_is_lost_by_processes_without_a_common_transaction(desk: Desk) -> None:
+    # On PostgreSQL the transactions of two devices run at once.
+    serials = set(range(1, 25))
+    with ThreadPoolExecutor(8) as many:
+        for _ in many.map(lambda serial: revocation.add(desk.folder, desk.config, [serial]), serials):
+            pass
+    assert listed(desk.folder / "crl.pem") == serials
+
+
 def test_a_revoked_device_is_added_to_a_crl_that_lacks_it(desk: Desk) -> None:
     desk.store.revoke("pi-07", None, NOW)
     done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from msgspec.structs import replace
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig, load
-from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import clients, collectors, enrol, pki, viewers
 from agent.fleet.enrolment.broker_control import ACCESS_FILE
 from agent.fleet.enrolment.enrol import init_fleet
@@ -25,8 +23,14 @@ from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FLEET
 from agent.testing.patience import wait_until
 from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, subscribe_anyway
+from agent.transport.packets import OutgoingMessage
+from scripts.kit.broker_client import (
+    NOT_AUTHORIZED,
+    publish_one,
+    receive_messages,
+    receive_through,
+    subscribe_anyway,
+)
 from tests.kit.commands import call_outstation
 
 BASE = f"outstation/{FLEET}"
@@ -51,13 +55,9 @@ def let_in(home: Path, name: str) -> BrokerConfig:
 def receives(broker: BrokerConfig, filters: list[str], home: Path) -> bool:
     """Return True if an acknowledgement that the collector sends reaches a subscriber."""
     config: FleetConfig = load(home)
-    listener, speaker = Link(broker, "x", subscribe=filters), Link(config.broker_for(config.collector), "y")
-    try:
+    with Link(broker, "x", subscribe=filters) as listener, Link(config.broker_for(config.collector), "y") as speaker:
         assert publish_one(speaker, OutgoingMessage(f"{BASE}/pi-1/ack", b"{}")) < 0x80
-        return any(isinstance(event, IncomingMessage) for event in listener.receive(2.0))
-    finally:
-        listener.close()
-        speaker.close()
+        return bool(receive_messages(listener, 1))
 
 
 def is_down(link: Link) -> bool:
@@ -97,7 +97,7 @@ def test_two_viewers_and_the_collector_do_not_throw_each_other_off(home: Path) -
     try:
         assert publish_one(collector, OutgoingMessage(f"{BASE}/pi-1/ack", b"{}")) < 0x80
         for link in (first, second):
-            assert any(isinstance(event, IncomingMessage) for event in link.receive(5.0))
+            assert receive_messages(link, 1)
     finally:
         for link in (first, second, collector):
             link.close()
@@ -171,11 +171,10 @@ def test_a_viewer_is_revoked_although_the_file_of_the_viewers_broker_cannot_be_r
     file.unlink()
     # Mode 0600 of another user does not stop root.
     file.mkdir()
-    with FleetStore(Path(config.fleet.db)) as store:
-        with pytest.raises(UsageError, match="certificate is revoked, but the viewers' broker may still let it in"):
-            viewers.revoke(tmp_path, config, store, "lost")
-        with pytest.raises(UsageError, match="viewer-lost: the viewers' broker may still let it in"):
-            viewers.revoke(tmp_path, config, store, "lost")
+    with pytest.raises(UsageError, match="certificate is revoked, but the viewers' broker may still let it in"):
+        viewers.revoke(tmp_path, config, "lost")
+    with pytest.raises(UsageError, match="viewer-lost: the viewers' broker may still let it in"):
+        viewers.revoke(tmp_path, config, "lost")
     assert not certificate.exists()
     assert config.ca
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
@@ -223,15 +222,6 @@ def speak(home: Path, topic: str, payload: bytes) -> None:
         assert publish_one(link, OutgoingMessage(f"{BASE}/{topic}", payload)) < 0x80
 
 
-def payloads(link: Link, seconds: float) -> list[bytes]:
-    end, seen = time.monotonic() + seconds, list[bytes]()
-    while time.monotonic() < end:
-        seen += [event.payload for event in link.receive(0.1) if isinstance(event, IncomingMessage)]
-        if b"last" in seen:
-            break
-    return seen
-
-
 def test_a_viewer_has_as_many_connections_as_it_likes_with_password_and_certificate(pad: PasswordViewer) -> None:
     with contextlib.ExitStack() as closing:
         links = []
@@ -243,7 +233,7 @@ def test_a_viewer_has_as_many_connections_as_it_likes_with_password_and_certific
 
         def reach_all() -> bool:
             speak(pad.home, "pi-1/ack", b"last")
-            return all(b"last" in payloads(link, 1.0) for link in links)
+            return all(b"last" in receive_through(link, b"last", 1.0) for link in links)
 
         wait_until("the viewers' broker copies the fleet's messages", reach_all)
 
@@ -261,7 +251,7 @@ def test_a_viewer_with_a_password_publishes_nothing_and_reads_no_command(pad: Pa
             assert all(subscribe_anyway(link, refused))
             speak(pad.home, "pi-1/cmd", b"an order")
             speak(pad.home, "pi-1/ack", b"last")
-            seen = payloads(link, 10.0)
+            seen = receive_through(link, b"last")
             assert b"last" in seen
             assert b"an order" not in seen
 
@@ -272,7 +262,7 @@ def test_at_the_fleets_broker_too_a_viewer_reads_no_command(home: Path) -> None:
         assert all(subscribe_anyway(link, [f"{BASE}/+/cmd", f"{BASE}/_all/desired"]))
         speak(home, "pi-1/cmd", b"an order")
         speak(home, "pi-1/ack", b"last")
-        assert payloads(link, 10.0) == [b"last"]
+        assert receive_through(link, b"last") == [b"last"]
 
 
 @pytest.mark.attack("viewers")

@@ -19,11 +19,14 @@ _AT_ONCE = 10
 class Players:
     """Context manager that plays the devices."""
 
-    def __init__(self, url: str, senders: Sequence[MessageSender], messages: int) -> None:
+    def __init__(self, url: str, senders: Sequence[MessageSender], messages: int, *, are_held: bool = False) -> None:
+        """`are_held`: the last message of each device waits for `release`."""
         self._broker = BrokerConfig(url=url)
         self._logs = {sender.device: _log(sender, messages) for sender in senders}
         self._safe: dict[str, set[int]] = defaultdict(set)
-        self._stop = threading.Event()
+        self._stop, self._released = threading.Event(), threading.Event()
+        if not are_held:
+            self.release()
         self._thread = threading.Thread(target=self._play)
         self.total = sum(map(len, self._logs.values()))
 
@@ -34,6 +37,9 @@ class Players:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(60)
+
+    def release(self) -> None:
+        self._released.set()
 
     @property
     def acknowledged(self) -> int:
@@ -48,7 +54,8 @@ class Players:
         while not self._stop.is_set() and not self.done:
             for device, log in self._logs.items():
                 safe = self._safe[device]
-                for message in [sent for sent in log if sent.seq not in safe][:_AT_ONCE]:
+                allowed = log if self._released.is_set() else log[:-1]
+                for message in [sent for sent in allowed if sent.seq not in safe][:_AT_ONCE]:
                     link.send(message.to_outgoing())
             self._receive(link)
         link.close()

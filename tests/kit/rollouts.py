@@ -26,6 +26,7 @@ from agent.model.inference import runtime
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
 from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.testing.patience import Patience
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.jws import encode
@@ -158,9 +159,9 @@ class Site(Device):
         self.daemon.tick(self.now)
 
     def until(self, happened: Callable[[], object], description: str, within_s: float = 90.0) -> None:
-        end = time.monotonic() + within_s
+        patience = Patience(within_s)
         while not happened():
-            assert time.monotonic() < end, f"not within {within_s:g} s: {description}; it stands {self.standing}"
+            assert not patience.is_over(), f"not within {within_s:g} s: {description}; it stands {self.standing}"
             self.tick()
             time.sleep(0.01)
 

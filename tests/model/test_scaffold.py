@@ -279,6 +279,15 @@ def test_data_of_other_columns_than_the_model_has_values_are_listed(tmp_path: Pa
     assert "data.csv has 3 numeric columns, the model's input takes 4: complete fields" in result.stderr
 
 
+def test_columns_left_out_as_labels_of_further_outputs_are_named(tmp_path: Path) -> None:
+    columns = np.concatenate([readings(5), readings(5)[:, :1]], axis=1)
+    write_csv(tmp_path / "data.csv", ("a", "b", "c", "d", "label_wear"), columns)
+    result = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv")
+    assert tomllib.loads(result.stdout)["input"]["fields"] == ["a", "b", "c", "d"]
+    for shown in (result.stdout, result.stderr):
+        assert "left out of the fields as labels of further outputs: label_wear; rename what the model reads" in shown
+
+
 def test_windows_of_slow_readings_may_span_the_time_between_two_rows(tmp_path: Path) -> None:
     write_csv(tmp_path / "data.csv", [f"x{i}" for i in range(10)], np.zeros((60, 10), np.float32), step_s=60.0)
     out = tmp_path / "spec.toml"

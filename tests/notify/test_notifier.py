@@ -468,6 +468,7 @@ time.sleep(60)
     def kill_first(_: object) -> None:
         if len(hook.posts) == 1:
             # It has sent the whole message, and waits for the answer.
+            wait_until("its process id", lambda: processes)
             os.kill(processes[0].pid, signal.SIGKILL)
             processes[0].wait()
 

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -25,7 +26,7 @@ from agent.notify.message import MAX_SUBJECT, Change, Notification, compose, com
 from agent.notify.sending import find_exposed_secret, send
 from agent.testing.broker import MosquittoBroker
 from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
+from scripts.kit.broker_client import receive_messages
 from tests.notify.servers import HookServer, hook_server, mailbox
 
 UTC = ZoneInfo("UTC")
@@ -227,13 +228,40 @@ def test_hostile_texts_are_harmless_in_mail_and_webhook(hook: HookServer, tmp_pa
     assert all(str(value).isprintable() for value in document["alerts"][0].values())
 
 
+def test_a_broker_that_closes_late_does_not_delay_the_outcome() -> None:
+    """Otherwise a process that stops meanwhile sends the accepted message again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> bytes:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\x20\x03\x00\x00\x00")
+                sent = connection.recv(65_536)
+                topic_end = sent.index(b"notify/acme") + len(b"notify/acme")
+                connection.sendall(b"\x40\x02" + sent[topic_end : topic_end + 2])
+                rest = b"".join(iter(lambda: connection.recv(4096), b""))
+                returned.wait(10.0)
+                return rest
+
+        returned = threading.Event()
+        with ThreadPoolExecutor(1) as server_thread:
+            done = server_thread.submit(answer)
+            broker = BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}")
+            begin = time.monotonic()
+            send(MqttTarget(topic="notify/acme", broker=broker), message())
+            took_s = time.monotonic() - begin
+            returned.set()
+            assert done.result()[:1] == b"\xe0", "DISCONNECT was sent"
+    assert took_s < 1.5, "a link waits 2 s for the broker to close"
+
+
 def test_the_retained_document_lists_the_open_alerts(outstation_broker: MosquittoBroker) -> None:
     broker = BrokerConfig(url=outstation_broker.url)
     target = MqttTarget(topic="notify/acme", broker=broker)
     send(target, compose_open([alert()], sender="acme", fleet="acme", now_s=1.8e9))
     with Link(broker, "reader", subscribe=["notify/acme"]) as link:
-        events = link.receive(5.0)
-    [delivery] = [event for event in events if isinstance(event, IncomingMessage)]
+        [delivery] = receive_messages(link, 1)
     document = json.loads(delivery.payload)
     assert delivery.retained
     assert (document["open"], document["severity"], document["alerts"][0]["device"]) == (1, "warning", "pi-07")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.render.html import SCROLL_ATTRIBUTES, SCROLL_SHADOWS
 from scripts import docs_site
 from scripts.docs_site import Page
 
@@ -39,6 +40,17 @@ class _Links(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Page]]:
     out = tmp_path_factory.mktemp("site")
     return out, docs_site.build(out)
+
+
+def test_every_table_scrolls_by_itself_and_shows_that_it_does(site: tuple[Path, list[Page]]) -> None:
+    out, pages = site
+    tables = 0
+    for page in pages:
+        text = (out / page.url).read_text(encoding="utf-8")
+        tables += text.count("<table>")
+        assert text.count("<table>") == text.count(f"<div {SCROLL_ATTRIBUTES}><table>"), page.url
+    assert tables > 50
+    assert f".scroll, pre {{ {SCROLL_SHADOWS} }}" in (out / "style.css").read_text(encoding="utf-8")
 
 
 def test_the_site_loads_nothing_from_elsewhere_and_every_link_leads_somewhere(site: tuple[Path, list[Page]]) -> None:

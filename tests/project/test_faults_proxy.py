@@ -110,9 +110,8 @@ def test_a_cut_connection_is_down_at_once_and_a_swallowed_one_stays_silent(line:
 def test_what_was_held_goes_on_later_and_pieces_arrive_as_one_packet(line: Proxy) -> None:
     link = connect(line)
     line.held, line.piece = True, 3
-    release = threading.Timer(0.3, setattr, (line, "held", False))
+    release, began = threading.Timer(0.3, setattr, (line, "held", False)), time.monotonic()
     release.start()
-    began = time.monotonic()
     assert answer(link, bytes(200)) == 0x10
     assert time.monotonic() - began >= 0.3
     release.join()

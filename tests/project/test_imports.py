@@ -38,7 +38,7 @@ FLOORS = {
     "media": 1,
     "names": 1,
     "strict_json": 1,
-    "text": 1,
+    "text": 0,
     "toml_files": 1,
     "durable_files": 1,
     "input_files": 0,

@@ -36,7 +36,7 @@ def test_a_rough_day_over_a_real_broker_loses_nothing(tmp_path: Path, outstation
     folder = tmp_path / "run"
     folder.mkdir()
     chosen = setup.load(None, folder, {}, {}, ())
-    read = scenario.load(file, chosen.fields, ["exercise"])
+    read = scenario.load(file, chosen.fields, chosen.batch_s)
     url = f"mqtt://127.0.0.1:{outstation_broker.port}"
     with contextlib.closing(Simulation(folder, read, chosen, broker=url, speed=20.0)) as simulation:
         outcome = simulation.run()
@@ -62,18 +62,17 @@ def test_a_broker_that_cannot_be_reached_ends_a_simulation_before_it_begins(tmp_
 
 
 def test_simulated_time_is_never_ahead_of_its_pace() -> None:
-    pace = Pace(50.0)
+    pace, before = Pace(50.0), time.monotonic()
     pace.resume(100.0)
-    before = time.monotonic()
-    assert 0 < pace.remaining_s(105.0) <= 0.1
+    assert pace.remaining_s(105.0) <= 0.1
     while pace.remaining_s(105.0):
         time.sleep(0.001)
     assert time.monotonic() - before >= 0.1
 
 
 def test_a_simulation_that_falls_behind_does_not_hurry() -> None:
-    pace = Pace(1.0)
+    pace = Pace(0.01)
     pace.resume(0.0)
-    pace._origin_real_s -= 60.0
+    pace._origin_real_s -= 6000.0
     assert pace.remaining_s(10.0) == 0.0
-    assert pace.remaining_s(12.0) > 1.0
+    assert pace.remaining_s(12.0) > 100.0

@@ -15,7 +15,7 @@ class Machine:
     """Machine at `now_s`, whose processes have waited `stalled_s` for a processor."""
 
     def __init__(self, folder: Path) -> None:
-        self.now_s = 0.0
+        self.now_s = self.computed_s = 0.0
         self.file = folder / "cpu"
         self.wait_for_processor(0.0)
 
@@ -32,7 +32,8 @@ class Machine:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine(tmp_path)
     monkeypatch.setattr(patience, "_PRESSURE", made.file)
-    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: made.now_s, sleep=made.sleep))
+    clock = SimpleNamespace(monotonic=lambda: made.now_s, thread_time=lambda: made.computed_s, sleep=made.sleep)
+    monkeypatch.setattr(patience, "time", clock)
     return made
 
 
@@ -63,3 +64,18 @@ def test_a_wait_ends_with_its_event_or_says_how_long_it_took(machine: Machine) -
     assert machine.now_s == pytest.approx(10, abs=0.1)
     with pytest.raises(AssertionError, match="not within 60 s: the end"):
         wait_until("the end", lambda: False, 60)
+
+
+@pytest.mark.parametrize(("computes_s", "seldom_s"), [(0.0, 0.05), (0.04, 0.12), (9.0, 0.5)])
+def test_a_condition_that_computes_leaves_most_of_the_processor_to_what_it_waits_for(
+    machine: Machine, computes_s: float, seldom_s: float
+) -> None:
+    polls_s = []
+
+    def ask() -> bool:
+        polls_s.append(machine.now_s)
+        machine.computed_s += computes_s
+        return len(polls_s) == 40
+
+    wait_until("the last question", ask)
+    assert polls_s[-1] - polls_s[-2] == pytest.approx(seldom_s)

@@ -30,7 +30,7 @@ _FIELDS = {"watch": ["ax", "ay", "az", "wx", "wy", "wz"]}
 def read(folder: Path, text: str) -> Scenario:
     file = folder / "scenario.toml"
     file.write_text(text, encoding="utf-8")
-    return scenario.load(file, _FIELDS, ["exercise"])
+    return scenario.load(file, _FIELDS, {"exercise": 60.0})
 
 
 def simulate(folder: Path, text: str) -> tuple[Outcome, dict[str, Any]]:
@@ -190,6 +190,7 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
         ('events = [{ kind = "outage", at = "2 s", devices = [] }]', r"\.devices: must have at least 1 entry"),
         ('events = [{ kind = "clock", at = "2 s" }]', r"events\[0\]: a clock is either ahead or behind"),
         ('events = [{ kind = "clock", at = "2 s", ahead = "2 h", behind = "1 h" }]', r"either ahead or behind"),
+        ('events = [{ kind = "clock", at = "2 s", ahead = "27000 d" }]', r"events\[0\]\.ahead: .* after 2100"),
         ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[0\]\.devices: no device"),
         ('events = [{ kind = "outrage", at = "2 s" }]', "outrage"),
         ('start = "2020-01-01T00:00:00Z"', "start: before"),
@@ -212,9 +213,9 @@ def test_no_field_is_missing_that_every_row_must_have(tmp_path: Path) -> None:
     file = tmp_path / "scenario.toml"
     file.write_text('duration = "1 h"\nevents = [{ kind = "missing", at = "2 s", fields = ["ax", "ay"] }]')
     with pytest.raises(ConfigError, match=r"events\[0\]\.fields: watch\.ay is not optional, so rows") as caught:
-        scenario.load(file, _FIELDS, ["exercise"], optional={"watch": ["ax"]})
+        scenario.load(file, _FIELDS, {"exercise": 60.0}, optional={"watch": ["ax"]})
     assert str(caught.value).endswith('set [streams.watch] fields = [{ name = "ay", optional = true }, …]')
-    assert scenario.load(file, _FIELDS, ["exercise"], optional={"watch": ["ax", "ay"]}).events
+    assert scenario.load(file, _FIELDS, {"exercise": 60.0}, optional={"watch": ["ax", "ay"]}).events
 
 
 @pytest.mark.parametrize(("stream", "is_accepted"), [("a", True), ("b", False), ("", False)])
@@ -225,7 +226,7 @@ def test_a_field_that_only_another_stream_may_lack_is_never_missing(
     event = f'{{ kind = "missing", at = "2 s", stream = "{stream}", fields = ["x"] }}'
     file.write_text(f'duration = "1 h"\nevents = [{event}]')
     with contextlib.nullcontext() if is_accepted else pytest.raises(ConfigError, match=r"b\.x is not optional"):
-        scenario.load(file, {"a": ["x"], "b": ["x"]}, ["exercise"], optional={"a": ["x"], "b": []})
+        scenario.load(file, {"a": ["x"], "b": ["x"]}, {"exercise": 60.0}, optional={"a": ["x"], "b": []})
 
 
 def test_a_recording_without_the_fields_of_the_stream_is_named(tmp_path: Path) -> None:
@@ -298,14 +299,15 @@ def test_the_summary_says_that_devices_rejected_the_labels(
         "rollouts": [],
         "missed": 0,
         "problems": ["Devices rejected all 610 labels of task tiny: up is no class."],
+        "warnings": ["Devices rejected 3 of 9 rows of stream sensor, the first: nan."],
         "devices": 1,
         "messages": 9,
     }
     document |= {"false_alarms": {"n": 0, "budget": 0, "alerts": []}, "simulated_seconds": 9.0, "seconds": 1.0}
-    document |= {"messages_per_second": 9.0, "peak_bytes": 9, "rejected_labels": 610}
+    document |= {"messages_per_second": 9.0, "peak_bytes": 9}
     document["audit"] = {}
     monkeypatch.setattr(simulate_scenario, "print_audit", lambda *_: None)
     simulate_scenario._print_scenario(document)
     shown = capsys.readouterr().out
-    assert "warning: devices rejected 610 labels: each must be a class of its model" in shown
+    assert "warning: Devices rejected 3 of 9 rows of stream sensor, the first: nan." in shown
     assert "not passed: Devices rejected all 610 labels of task tiny: up is no class." in shown

@@ -28,7 +28,7 @@ _limit_option = click.option(
     "--limit", metavar="N", type=click.IntRange(1), default=20, help="At most so many rows; default 20."
 )
 _where_option = click.option("--where", metavar="SQL", help='Only these rows: "seq > 100".')
-_order_option = click.option("--order", metavar="SQL", help='Order: "seq desc".')
+_order_option = click.option("--order", "order_by", metavar="SQL", help='Order: "seq desc".')
 
 # An open query keeps SQLite from restarting its log, and a full log keeps the daemon from writing.
 _MAX_QUERY_S, _OPCODES_PER_CHECK, _MAX_ROWS = 20.0, 100_000, 1_000_000
@@ -93,16 +93,15 @@ def add_commands(
     def rows(
         table: str,
         where: str | None,
-        order: str | None,
+        order_by: str | None,
         limit: int,
         as_csv: bool,
         as_json: bool,
         **location: str | None,
     ) -> None:
         """Show rows of TABLE, which may be a view."""
-        print_table_rows(
-            open_at(**location), table, where=where, order=order, limit=limit, as_csv=as_csv, as_json=as_json
-        )
+        selection = {"where": where, "order_by": order_by, "limit": limit}
+        print_table_rows(open_at(**location), table, as_csv=as_csv, as_json=as_json, **selection)
 
     @group.command(epilog=f'Example: {program} query "{sql}"')
     @click.argument("sql")
@@ -136,20 +135,13 @@ def print_schema(database: sqlite_utils.Database, table: str | None) -> None:
 
 
 def print_table_rows(
-    database: sqlite_utils.Database,
-    name: str,
-    *,
-    where: str | None,
-    order: str | None,
-    limit: int | None,
-    as_csv: bool,
-    as_json: bool,
+    database: sqlite_utils.Database, name: str, *, as_csv: bool, as_json: bool, **selection: Any
 ) -> None:
     """Print rows of a table or view. Raises UsageError for an unknown name, and for SQL that SQLite refuses."""
     require_one_format(as_csv, as_json)
     with _translate_errors():
         table = _find_table(database, name)
-        rows = table.rows_where(where, order_by=order, limit=limit)
+        rows = table.rows_where(**selection)
         names = [column.name for column in table.columns]
         fetched = _fetch(tuple(row.values()) for row in rows)
     print_rows(names, iter(fetched), as_csv=as_csv, as_json=as_json)

@@ -126,7 +126,7 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     if (end := read_end(conf)) is not None:
         yield _check_certificate(end)
     if conf.privacy.encrypt:
-        yield _check_encryption(file, conf)
+        yield _run_check("encryption", lambda: f"messages are sealed to {sinks.load_encryption_key(file, conf).kid}")
     if conf.samples is not None:
         yield _run_check("samples", lambda s=conf.samples: _describe_samples(file, conf, s))  # type: ignore[misc]
     if not conf.streams:
@@ -224,10 +224,6 @@ def _check_target(name: str, target: Target) -> CheckResult:
     if result.state == "ok" and (exposed := sending.find_exposed_secret(target)):
         return CheckResult(result.name, "warning", f"{exposed}: every user of this machine can read it; chmod 600")
     return result
-
-
-def _check_encryption(file: Path, conf: Config) -> CheckResult:
-    return _run_check("encryption", lambda: f"messages are sealed to {sinks.load_encryption_key(file, conf).kid}")
 
 
 def _describe_samples(file: Path, conf: Config, samples: SamplesConfig) -> str:

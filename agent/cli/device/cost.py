@@ -26,6 +26,7 @@ from agent.device import usage
 from agent.device.store import cost as costs
 from agent.device.store.cost import ProcessCost, TaskCost
 from agent.device.store.store import Store
+from agent.text import format_duration
 
 _DAY_S = 86_400
 
@@ -59,7 +60,7 @@ def cost(
     _, conf = device.load_config(config_file, task)
     with device.open_store_read_only(conf) as store:
         document = build_document(conf, store, [task] if task else list(conf.tasks))
-        spent = usage.measure_usage(conf, store)
+        spent = usage.load_usage(conf, store)
     month = spent.per_month() if spent.seconds > 0 else None
     document["month"] = None if month is None else to_money(month, prices, devices)
     if month is not None and plot is not None:
@@ -85,11 +86,11 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
     shares = {name: task.sent_bytes / total if total else 0.0 for name, task in task_costs.items()}
     per_day: dict[str, float | None] = {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
     if process.seconds > 0:
-        factor = _DAY_S / process.seconds
+        factor, spent = _DAY_S / process.seconds, usage.load_usage(conf, store)
         per_day = {
             "cpu_s": round_known(process.cpu_s and process.cpu_s * factor, 1),
             "flash_bytes": round(process.written_bytes * factor),
-            "air_bytes": round(sent_bytes * factor),
+            "air_bytes": round(spent.air_bytes * _DAY_S / spent.seconds),
         }
     # Batches count themselves; what the whole process takes, only the daemon counts.
     is_counted = process.seconds > 0
@@ -149,7 +150,7 @@ def _print(document: dict[str, Any]) -> None:
     else:
         processor = "" if day["cpu_s"] is None else f"{day['cpu_s']:,.0f} s of processor, "
         echo(
-            f"{document['device']}, counted for {document['seconds'] / 3600:.1f} h; a day is {processor}"
+            f"{document['device']}, counted for {format_duration(document['seconds'] * 1e6)}; a day is {processor}"
             f"{format_bytes(day['flash_bytes'])} on flash, {format_bytes(day['air_bytes'])} on the air\n"
         )
     print_table(columns, [_row(task["task"], task["inferences"], task) for task in tasks], "No tasks.")

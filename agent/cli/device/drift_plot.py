@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import msgspec
@@ -78,7 +79,7 @@ def plot_device(
                 reference=usual.tolist() if usual is not None else None,
                 histograms=shown,
                 curves=[
-                    _build_curve(timeline, name, _statistic_getter(statistic), 0, dashed=statistic == "spread")
+                    _build_curve(timeline, name, attrgetter(statistic), 0, dashed=statistic == "spread")
                     for statistic in statistics
                 ],
                 limit=limit,
@@ -166,10 +167,6 @@ def _build_curve(
     # While the reference is learned there is no CUSUM.
     values = [None if s is None or s.state == "insufficient" else value(s) for _, s in reports]
     return EvidenceCurve(series, [t for t, _ in reports], values, dashed)
-
-
-def _statistic_getter(statistic: str) -> Callable[[SubjectReport], float]:
-    return lambda subject: float(getattr(subject, statistic))
 
 
 def _max_statistic(subject: SubjectReport) -> float:

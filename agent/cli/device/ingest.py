@@ -94,9 +94,7 @@ def ingest(
         if handled_before:
             echo(f"{handled_before} rows of this file were handled by an earlier run")
 
-    emit(document, as_json, print_human)
-    if rejected:
-        sys.exit(1)
+    emit(document, as_json, print_human, passed=not rejected)
 
 
 def _parse_layout(

@@ -16,11 +16,10 @@ from agent.bootstrap import credentials
 from agent.bootstrap.device import KEY_FILE
 from agent.bootstrap.joining import CONFIG_FILE, DEVICE_FILES, check_config, set_data_dir
 from agent.bootstrap.owner import give_files
-from agent.cli.options import PATH, json_option
+from agent.cli.options import DURATION, PATH, json_option
 from agent.cli.output import echo, emit
 from agent.errors import ConfigError, UsageError, explain
 from agent.names import is_name
-from agent.quantities import parse_duration
 
 if TYPE_CHECKING:
     from agent.cli.proposal.stream import ProposedStream
@@ -110,7 +109,9 @@ DEFAULT_BROKER, _FLEET = "mqtt://127.0.0.1:1883", "home"
 @click.option("--broker", metavar="URL", help=f"With --standalone: the broker; default {DEFAULT_BROKER}.")
 @click.option("--from", "source", metavar="SOURCE", help="Propose a stream from this table, or from mqtt://HOST.")
 @click.option("--topic", metavar="FILTER", help="With --from mqtt://HOST: topics of the messages.")
-@click.option("--listen", default="30 s", show_default=True, help="With --topic: how long to listen.")
+@click.option(
+    "--listen", "listen_s", type=DURATION, default="30 s", show_default=True, help="With --topic: how long to listen."
+)
 @click.option("--id", "device", help="Device id; the default is the host name.")
 @click.option("--data-dir", help="Folder of the store; the default is DIR/data.")
 @json_option
@@ -120,7 +121,7 @@ def init(
     broker: str | None,
     source: str | None,
     topic: str | None,
-    listen: str,
+    listen_s: float,
     device: str | None,
     data_dir: str | None,
     as_json: bool,
@@ -140,7 +141,7 @@ def init(
         raise UsageError(f"--id {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
     if broker is not None:
         _check_broker(broker)
-    proposed = _propose(source, topic, listen)
+    proposed = _propose(source, topic, listen_s)
     template = STANDALONE_TEMPLATE if standalone else TEMPLATE
     text = _fill(template, name, _FLEET, "data" if data_dir is None else data_dir, broker or DEFAULT_BROKER)
     notes: list[str] = []
@@ -175,7 +176,7 @@ def init(
     emit(document, as_json, lambda: echo("\n".join(lines)))
 
 
-def _propose(source: str | None, topic: str | None, listen: str) -> ProposedStream | None:
+def _propose(source: str | None, topic: str | None, listen_s: float) -> ProposedStream | None:
     """Return the stream that a table or a broker's messages propose; None without a source. Raises UsageError."""
     is_broker = source is not None and "://" in source
     if (topic is not None) != is_broker:
@@ -189,11 +190,7 @@ def _propose(source: str | None, topic: str | None, listen: str) -> ProposedStre
         if Path(source).suffix.lower() not in _TABLE_SUFFIXES:
             raise UsageError(f"--from {source}: give a table ({', '.join(_TABLE_SUFFIXES)}) or mqtt://HOST")
         return stream.propose_from_file(Path(source))
-    try:
-        seconds = float(parse_duration(listen))
-    except ValueError as problem:
-        raise UsageError(f"--listen {listen!r}: {problem}") from None
-    return stream.propose_from_broker(source, topic or "", seconds)
+    return stream.propose_from_broker(source, topic or "", listen_s)
 
 
 def is_untouched(text: str) -> bool:

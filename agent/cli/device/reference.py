@@ -11,9 +11,9 @@ import click
 
 from agent.bootstrap import device
 from agent.cli.groups import SentenceGroup
-from agent.cli.options import config_options
+from agent.cli.options import DURATION, config_options
 from agent.cli.output import echo, emit
-from agent.config import Config, parse_duration
+from agent.config import Config
 from agent.device import status
 from agent.device.commands import erasure
 from agent.device.machine.timekeeping import Timekeeper, make_clock
@@ -84,15 +84,11 @@ def reference() -> None:
 
 @reference.command(epilog="Example: outstation reference relearn exercise --for 24h")
 @click.argument("task")
-@click.option("--for", "duration", default="0 s", metavar="TIME", help='Least span of readings: "24 h", "3 d".')
+@click.option("--for", "for_s", default="0 s", type=DURATION, help='Least span of readings: "24 h", "3 d".')
 @_wait_option
 @config_options
-def relearn(task: str, duration: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
+def relearn(task: str, for_s: float, wait_s: float, config_file: str | None, as_json: bool) -> None:
     """Learn TASK's reference again from the next readings without a fault. Drift is not tested meanwhile."""
-    try:
-        for_s = float(parse_duration(duration))
-    except ValueError as error:
-        raise UsageError(f"--for: {error}") from None
     _submit_request(config_file, task, requests.make_request("relearn", for_s), wait_s, as_json)
 
 

@@ -20,7 +20,7 @@ from agent.device import status as documents
 from agent.device.store.store import Store
 from agent.model.inference.tuning import Tuning
 from agent.performance.metrics import display_name
-from agent.text import format_duration, pluralize, printable, printable_lines
+from agent.text import format_duration, list_names, pluralize, printable, printable_lines
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
@@ -137,9 +137,8 @@ def _print_streams(streams: Sequence[dict[str, Any]]) -> None:
     for stream in streams:
         last = stream["last"]
         values = last.get("values", {}) if last else {}
-        shown = [f"{name} {format_reading(value)}" for name, value in list(values.items())[:_MAX_VALUES]]
-        shown += [f"and {len(values) - _MAX_VALUES} more"] if len(values) > _MAX_VALUES else []
-        rows.append([stream["stream"], stream["rows"], _format_age(last), ", ".join(shown)])
+        shown = list_names([f"{name} {format_reading(value)}" for name, value in values.items()], _MAX_VALUES)
+        rows.append([stream["stream"], stream["rows"], _format_age(last), shown])
     print_table(["stream", "rows", "last row", "values"], rows, "No streams: add a [streams.NAME] section.")
     echo("")
 
@@ -270,12 +269,11 @@ def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:
     notes = {"ece": f" where chance alone makes {chance[0]:.2g}"} if chance else {}
     text = ", ".join(f"{display_name(m['metric'])} {_format_interval(m)}{notes.get(m['metric'], '')}" for m in overall)
     worse = [m for m in metrics if m.get("state") == "worse"]
-    more = f" and {len(worse) - _MAX_WORSE_SLICES} more" if len(worse) > _MAX_WORSE_SLICES else ""
-    slices = ", ".join(f"{m['slice']} {_format_interval(m)}" for m in worse[:_MAX_WORSE_SLICES])
+    slices = list_names([f"{m['slice']} {_format_interval(m)}" for m in worse], _MAX_WORSE_SLICES)
     day = datetime.datetime.fromisoformat(report["time"])
     n = report.get("window", {}).get("n")
     lines = [f"by labels of {n} results ({day:%Y-%m-%d %H:%M}): {text}"] if text else []
-    return lines + ([f"worse than elsewhere: {slices}{more}"] if slices else [])
+    return lines + ([f"worse than elsewhere: {slices}"] if slices else [])
 
 
 def _format_label_counts(counts: dict[str, int]) -> list[str]:

@@ -43,11 +43,7 @@ _LIBRARIES = ("numpy", "msgspec", "paho-mqtt", "ai-edge-litert", "tflite-runtime
 
 
 def write(
-    path: Path,
-    conf: Config,
-    checks: Sequence[Mapping[str, Any]],
-    wear: Mapping[str, Any],
-    journal: Mapping[str, Any],
+    path: Path, conf: Config, checks: Sequence[Mapping[str, Any]], wear: Mapping[str, Any], journal: Mapping[str, Any]
 ) -> list[str]:
     """Write the archive, readable by its owner only; return the names of its members. Raises UsageError."""
     members = {

@@ -15,13 +15,12 @@ from agent.bootstrap import device, sinks
 from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
 from agent.cli.doctor import archive, fixes, flash, journal, power
-from agent.cli.options import PATH, config_options
+from agent.cli.options import PATH, SIZE, config_options
 from agent.cli.output import echo, echo_wrapped, emit
 from agent.config import Config
 from agent.device.store import cost
 from agent.device.store.store import Store
 from agent.errors import OutstationError, StorageError, UsageError
-from agent.quantities import parse_size
 from agent.text import printable
 
 
@@ -30,10 +29,10 @@ from agent.text import printable
 @click.option("--yes", is_flag=True, help="With --fix: do not ask.")
 @click.option("--archive", "archive_file", metavar="FILE", type=PATH,
               help="Write a .tar.gz for support, without secrets and readings.")  # fmt: skip
-@click.option("--rating", metavar="SIZE", help='Bytes that the card endures by its data sheet, such as "20 TiB".')
+@click.option("--rating", type=SIZE, help='Bytes that the card endures by its data sheet, such as "20 TiB".')
 @config_options
 def doctor(
-    fix: bool, yes: bool, archive_file: Path | None, rating: str | None, config_file: str | None, as_json: bool
+    fix: bool, yes: bool, archive_file: Path | None, rating: int | None, config_file: str | None, as_json: bool
 ) -> None:
     """Diagnose this device: problems with their fixes, flash wear and power.
 
@@ -61,7 +60,7 @@ def doctor(
     if applied:
         file, conf = device.load_config(config_file)
     checks = [asdict(result) for result in run_checks(file, conf) if result.state != "ok"]
-    wear = flash.describe_wear(written_per_day, _find_medium(conf), _parse_rating(rating))
+    wear = flash.describe_wear(written_per_day, _find_medium(conf), rating)
     document: dict[str, Any] = {
         "problems": checks,
         "applied": [_describe(item) for item in applied],
@@ -73,9 +72,8 @@ def doctor(
     if archive_file is not None:
         members = archive.write(archive_file, conf, checks, wear, lines)
         document["archive"] = {"file": str(archive_file), "members": members}
-    emit(document, as_json, lambda: _print(document))
-    if left or any(check["state"] == "failed" for check in checks):
-        sys.exit(1)
+    passed = not left and all(check["state"] != "failed" for check in checks)
+    emit(document, as_json, lambda: _print(document), passed=passed)
 
 
 def _ask(item: fixes.Fix, *, as_json: bool) -> bool:
@@ -127,15 +125,6 @@ def _find_medium(conf: Config) -> flash.Medium | None:
         return flash.find_medium(conf.data_dir)
     except OSError:
         return None
-
-
-def _parse_rating(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return int(parse_size(text))
-    except ValueError as problem:
-        raise UsageError(f"--rating {text!r}: {problem}") from None
 
 
 def _print(document: dict[str, Any]) -> None:

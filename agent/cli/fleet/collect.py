@@ -175,8 +175,7 @@ def collector(name: str, revoke: bool, home: Path, as_json: bool) -> None:
 
     config = fleet_config.load(home)
     if revoke:
-        with open_store(config) as store:
-            emit_revocation("collector", name, collectors.revoke(home, config, store, name), as_json)
+        emit_revocation("collector", name, collectors.revoke(home, config, name), as_json)
         return
     done = collectors.add(home, config, name)
     document = {"collector": name, "files": [str(file) for file in done.files], "steps": done.steps}

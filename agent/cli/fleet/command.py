@@ -14,7 +14,7 @@ import click
 from agent import clock
 from agent.cli.fleet.common import fleet_options, open_for_reading, open_store, print_lines, wait_option
 from agent.cli.output import echo, emit
-from agent.errors import LinkDown, UsageError
+from agent.errors import UsageError
 from agent.fleet.config import FleetConfig
 from agent.wire import keys, topics
 
@@ -58,11 +58,11 @@ def command(device: str, name: str, args: tuple[str, ...], wait_s: float, yes: b
         if not yes and not confirm_wipe(device):
             raise UsageError("not wiped, as the name was not confirmed; --yes wipes without asking")
         first = send_command(home, config, store, device, name, {}, wait_s)
-        if not first.ok or "confirm" not in (first.reply.data if first.reply else {}):
-            _report_and_exit(first, as_json)
-        assert first.reply is not None
+        if not first.ok or first.reply is None or "confirm" not in first.reply.data:
+            _report(first, as_json)
+            return
         values = {"confirm": str(first.reply.data["confirm"])}
-    _report_and_exit(send_command(home, config, store, device, name, values, wait_s), as_json)
+    _report(send_command(home, config, store, device, name, values, wait_s), as_json)
 
 
 @click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
@@ -99,9 +99,7 @@ def revoke(device: str, kid: str | None, home: Path, as_json: bool) -> None:
         lines.append(f"Its certificate ({serials}) is on the revocation list, {still}")
     if done.problem:
         lines.append(done.problem[0].upper() + done.problem[1:])
-    emit(document, as_json, lambda: print_lines(*lines, *done.steps))
-    if done.failed:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_lines(*lines, *done.steps), passed=not done.failed)
 
 
 @click.command("remove", epilog="Example: outstation fleet remove pi-07")
@@ -133,32 +131,28 @@ def remove(device: str, by: str, home: Path, as_json: bool) -> None:
         "steps": done.steps,
     }
     lines = [f"{device}: removed. To let it in again: outstation fleet enrol {device} --replace"]
-    if done.problem:
-        lines = [f"{device}: not removed, as {done.problem}" if done.failed else f"Warning: {done.problem}", *lines]
-    emit(document, as_json, lambda: print_lines(*(lines[:1] if done.failed else lines), *done.steps))
     if done.failed:
-        sys.exit(1)
+        lines = [f"{device}: not removed, as {done.problem}"]
+    elif done.problem:
+        lines.insert(0, f"Warning: {done.problem}")
+    emit(document, as_json, lambda: print_lines(*lines, *done.steps), passed=not done.failed)
 
 
 def send_command(
     home: Path, config: FleetConfig, store: FleetStore, device: str, name: str, args: dict[str, str], wait_s: float
 ) -> CommandResult:
-    """Send a command on its own connection. Exits with code 1 if the broker cannot be reached."""
+    """Send a command on its own connection. Raises LinkDown if the broker cannot be reached."""
     from agent.fleet.commands import reserve_counter, send
     from agent.fleet.database.keyring import Keyring
     from agent.transport.mqtt import Link
 
     fleet, key = config.fleet.name, keys.load_private(Path(config.operator.key_file))
     keyring = Keyring(store)
-    try:
-        with reserve_counter(home, lambda: time.time_ns() // 1_000_000) as counter:
-            client = f"outstation-{fleet}-command-{os.getpid()}"
-            reply = str(topics.Topic(fleet, device, "reply"))
-            with Link(config.command_broker, client, subscribe=[reply]) as link:
-                return send(link, fleet, device, name, args, key, counter, keyring, wait_s)
-    except LinkDown as down:
-        echo(f"outstation: {down}", err=True)
-        sys.exit(1)
+    with reserve_counter(home, lambda: time.time_ns() // 1_000_000) as counter:
+        client = f"outstation-{fleet}-command-{os.getpid()}"
+        reply = str(topics.Topic(fleet, device, "reply"))
+        with Link(config.command_broker, client, subscribe=[reply]) as link:
+            return send(link, fleet, device, name, args, key, counter, keyring, wait_s)
 
 
 def confirm_wipe(device: str) -> bool:
@@ -167,8 +161,8 @@ def confirm_wipe(device: str) -> bool:
     return sys.stdin.isatty() and click.prompt(prompt, default="", show_default=False, err=True) == device
 
 
-def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
-    """Print the result of a command, and exit with its code."""
+def _report(sent: CommandResult, as_json: bool) -> None:
+    """Print the result of a command; exit with code 1 if it failed."""
     document = sent.to_dict()
 
     def print_human() -> None:
@@ -179,5 +173,4 @@ def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
             echo("")
             print_reply(document["name"], document["data"])
 
-    emit(document, as_json, print_human)
-    sys.exit(0 if sent.ok else 1)
+    emit(document, as_json, print_human, passed=sent.ok)

@@ -7,20 +7,14 @@ from typing import Any
 
 import click
 
-from agent.cli.cost_output import (
-    describe_money,
-    format_bytes,
-    prices_option,
-    save_chart,
-    show_prices_option,
-    to_money,
-)
+from agent.cli.cost_output import describe_money, format_bytes, prices_option, save_chart, show_prices_option, to_money
 from agent.cli.fleet.common import database_options, device_option, open_for_reading
 from agent.cli.options import dark_option, plot_option
 from agent.cli.output import echo, emit, print_table
 from agent.costs.prices import load_prices
 from agent.costs.usage import Usage, average_usage
 from agent.errors import UsageError
+from agent.text import format_duration
 
 
 @click.command(epilog="Example: outstation fleet cost --prices prices.toml --plot cost.svg")
@@ -86,4 +80,4 @@ def _to_cells(name: str, counted: Usage | None, month: Usage | None) -> list[Any
     processor = "-" if month.cpu_s is None else f"{month.cpu_s / 3600:.1f}"
     energy = "-" if month.energy_j is None else f"{month.energy_j / 3.6e6:.3f}"
     flash, air = format_bytes(month.flash_bytes), format_bytes(month.air_bytes)
-    return [name, f"{counted.seconds / 3600:.2f} h", f"{month.inferences:,.0f}", processor, flash, air, energy]
+    return [name, format_duration(counted.seconds * 1e6), f"{month.inferences:,.0f}", processor, flash, air, energy]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +62,8 @@ def disclosed(file: Path, home: Path, as_json: bool) -> None:
         "joined_not_disclosed": sorted(name for name, each in named.items() if each.input),
         "joined_without_commitment": sorted(name for name, each in named.items() if not each.input),
     }
-    emit(document, as_json, lambda: print_lines(*_verdict_lines(disclosure, document)))
-    sys.exit(0 if matches and all(joined.values()) else 1)
+    passed = bool(matches) and all(joined.values())
+    emit(document, as_json, lambda: print_lines(*_verdict_lines(disclosure, document)), passed=passed)
 
 
 def _find_replacement(

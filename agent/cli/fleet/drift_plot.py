@@ -10,14 +10,14 @@ from agent import clock
 from agent.arrays import Ints
 from agent.cli.device import drift_plot
 from agent.cli.device.drift_plot import FieldScale
-from agent.cli.fleet.drift_report import abbreviate_names, build_feature_documents
+from agent.cli.fleet.drift_report import build_feature_documents
 from agent.drift.baseline.reference import Reference
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.survey import DriftGroup, FleetDriftSummary, build_timeline
 from agent.model.bundle.bundle import Bundle
 from agent.render import axes
 from agent.render.drift_model import DriftPlot
-from agent.text import pluralize
+from agent.text import list_names, pluralize
 
 MAX_DRAWN_DEVICES = 6
 
@@ -92,7 +92,7 @@ def _plot_fleet(store: FleetStore, group: DriftGroup, since: str | None, scale: 
             "outlier": sorted(device for device, field in outliers if field == name),
         }
         state = "fault" if devices["fault"] else "drift" if devices["drift"] else "ok"
-        return state, [f"{kind}: {abbreviate_names(names)}" for kind, names in devices.items() if names]
+        return state, [f"{kind}: {list_names(names, 4)}" for kind, names in devices.items() if names]
 
     rows, estimates = drift_plot.plot_devices(timelines, scale, fleet_counts, histograms, describe_field)
     alerts = [

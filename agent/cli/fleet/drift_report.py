@@ -10,7 +10,7 @@ import click
 from agent import clock
 from agent.alerts.alert import OUTPUT_PREFIX
 from agent.drift.reporting import parsed_message
-from agent.text import pluralize
+from agent.text import list_names, pluralize
 
 if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
@@ -186,7 +186,7 @@ def format_lines(document: dict[str, Any]) -> Iterable[str]:
 
 
 def _format_group(group: dict[str, Any]) -> Iterable[str]:
-    names = abbreviate_names([device["device"] for device in group["devices"]])
+    names = list_names([device["device"] for device in group["devices"]], 4)
     difference = {
         "reference": f": {names}, with another reference than most devices",
         "layout": f": {names}, with other fields or bins than most devices with this reference",
@@ -200,7 +200,7 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
     if recent := {each["against"] for each in group["recent"].values() if "js" in each}:
         yield f"  JS and W1 compare the newest windows with the {' or the '.join(sorted(recent))}"
     for name, field in group["features"].items():
-        states = [f"{state} on {abbreviate_names(field[state])}" for state in ("drift", "fault") if field[state]]
+        states = [f"{state} on {list_names(field[state], 4)}" for state in ("drift", "fault") if field[state]]
         change, size = group["recent"].get(name, {}), ""
         if "js" in change:
             w1 = f", W1 {change['w1']:.2f} sd" if "w1" in change else ""
@@ -208,7 +208,7 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
         state = "; ".join(states) or "ok"
         yield f"  {name:12} mean {field['mean']:9.3g}  sd {field['sd']:9.3g}{size}  {state}"
     for name, states in group["outputs"].items():
-        listed = [f"{state} on {abbreviate_names(devices)}" for state, devices in states.items() if state != "ok"]
+        listed = [f"{state} on {list_names(devices, 4)}" for state, devices in states.items() if state != "ok"]
         yield f"  output {name}: {'; '.join(listed) or 'ok'}"
     if group["outputs_omitted"]:
         yield f"  {pluralize(group['outputs_omitted'], 'report')} of more outputs than a model may have, left out"
@@ -225,10 +225,6 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
             f"fleet median {outlier['fleet_median']:.3g} (z {outlier['z']:+.1f}, JS {outlier['js']:.2f})"
         )
     yield ""
-
-
-def abbreviate_names(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _round(value: float | None) -> float | None:

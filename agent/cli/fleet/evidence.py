@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock, input_files
-from agent.cli.fleet.common import (
-    database_options,
-    open_for_reading,
-    print_lines,
-    progress_bar,
-)
-from agent.cli.options import PATH, json_option
+from agent.cli.fleet.common import database_options, open_for_reading, print_lines, progress_bar
+from agent.cli.options import DURATION, PATH, json_option
 from agent.cli.output import emit
 from agent.errors import MessageRefused, UsageError
 from agent.extras import install_command
-from agent.quantities import parse_duration
 from agent.text import mask_password, pluralize
 from agent.wire import keys
 
@@ -62,19 +56,7 @@ _timestamp_policy = click.option(
               help="Key that signs the folder, - for standard input; default that of fleet.toml.")  # fmt: skip
 @database_options
 @click.pass_context
-def evidence(
-    ctx: click.Context,
-    out: Path | None,
-    at: str | None,
-    bundles: tuple[Path, ...],
-    evaluations: tuple[Path, ...],
-    publishers: tuple[str, ...],
-    witnesses: tuple[Path, ...],
-    operator_key: Path | None,
-    db: str | None,
-    home: Path,
-    as_json: bool,
-) -> None:
+def evidence(ctx: click.Context, /, out: Path | None, as_json: bool, **sources: Any) -> None:
     """Write a signed folder with a report: what the fleet's models did, who decided it, and what is not known.
 
     Exit 1 if the audit of the database fails; the folder is written anyway, and says so.
@@ -85,7 +67,7 @@ def evidence(
         return
     if out is None:
         raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --operator PUB")
-    made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, operator_key, db, home)
+    made = _make_folder(out, **sources)
     facts = made.facts
     document = {
         "out": str(out),
@@ -101,9 +83,7 @@ def evidence(
         "unverified": facts.unverified,
         "signer": next(key.kid for key in facts.keys if key.role == "operator"),
     }
-    emit(document, as_json, lambda: print_lines(*_summary_lines(document)))
-    if not facts.audit["passed"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_lines(*_summary_lines(document)), passed=facts.audit["passed"])
 
 
 def _make_folder(
@@ -283,7 +263,7 @@ def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
                    "stamp (.tsr, with .json and .tsq beside it) that you got before the folder.")  # fmt: skip
 @_timestamp_ca
 @_timestamp_policy
-@click.option("--max-delay", "max_delay", metavar="TIME", default="7d",
+@click.option("--max-delay", "max_delay_s", type=DURATION, default="7d",
               help="With a time stamp: how late a device's message may come; default 7d.")  # fmt: skip
 @json_option
 def verify(
@@ -292,7 +272,7 @@ def verify(
     witnesses: tuple[Path, ...],
     ca: Path | None,
     policy: str,
-    max_delay: str,
+    max_delay_s: float,
     as_json: bool,
 ) -> None:
     """Verify a folder with public keys alone: no database, no config, no network. Exit 1 if it does not verify."""
@@ -307,15 +287,9 @@ def verify(
     heads, stamps = _read_witnesses(witnesses)
     if stamps and ca is None:
         raise UsageError(f"{stamps[0].name}: name the authority's root certificate: --timestamp-ca FILE")
-    try:
-        delay_s = float(parse_duration(max_delay))
-    except ValueError as error:
-        raise UsageError(f"--max-delay: {error}") from None
-    brought = Witnesses(heads, stamps, _load_trust(ca, policy), delay_s)
+    brought = Witnesses(heads, stamps, _load_trust(ca, policy), max_delay_s)
     report = run(folder, [keys.load_public(text) for text in key_texts], brought).to_dict()
-    emit(report, as_json, lambda: print_lines(*_verification_lines(report)))
-    if not report["ok"]:
-        sys.exit(1)
+    emit(report, as_json, lambda: print_lines(*_verification_lines(report)), passed=report["ok"])
 
 
 def _verification_lines(report: dict[str, Any]) -> Iterable[str]:

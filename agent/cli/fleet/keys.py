@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ from agent.cli.fleet.common import fleet_options
 from agent.cli.groups import SentenceGroup
 from agent.cli.options import PATH
 from agent.cli.output import echo, echo_styled, emit, print_table
-from agent.errors import LinkDown
 from agent.fleet import config as fleet_config
 
 if TYPE_CHECKING:
@@ -139,12 +137,8 @@ def publish(home: Path, as_json: bool) -> None:
 
     config = fleet_config.load(home)
     payload, topic = trust_change.build_message(home), topic_for(config.fleet.name)
-    try:
-        with Link(config.command_broker, f"outstation-{config.fleet.name}-keys-{os.getpid()}", subscribe=[]) as link:
-            send_retained(link, [OutgoingMessage(topic, payload, (), retain=True)])
-    except LinkDown as down:
-        echo(f"outstation: {down}", err=True)
-        sys.exit(1)
+    with Link(config.command_broker, f"outstation-{config.fleet.name}-keys-{os.getpid()}", subscribe=[]) as link:
+        send_retained(link, [OutgoingMessage(topic, payload, (), retain=True)])
     document = {"topic": topic, "bytes": len(payload)}
     emit(document, as_json, lambda: echo(f"{topic}: {len(payload)} bytes; devices obey the newest root"))
 
@@ -161,9 +155,7 @@ def _change(home: Path, edit: TrustEdit, sign_with: tuple[Path, ...], as_json: b
             f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
     document = {"in_force": is_complete, "draft": msgspec.to_builtins(draft)}
-    emit(document, as_json, lambda: echo(text))
-    if not is_complete:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo(text), passed=is_complete)
 
 
 def _print_report(report: TrustReport) -> None:

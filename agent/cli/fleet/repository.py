@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +33,7 @@ _sign_with = click.option("--sign-with", multiple=True, type=PATH, metavar="FILE
 @_sign_with
 @fleet_options
 def publish(
-    bundle: Path,
-    public: tuple[str, ...],
-    no_probe: bool,
-    sign_with: tuple[Path, ...],
-    home: Path,
-    as_json: bool,
+    bundle: Path, public: tuple[str, ...], no_probe: bool, sign_with: tuple[Path, ...], home: Path, as_json: bool
 ) -> None:
     """Add BUNDLE, a path or the name of a built-in bundle, to the fleet's repository.
 
@@ -139,9 +133,7 @@ def status(home: Path, as_json: bool) -> None:
     from agent.fleet.repository.status import read
 
     report = read(home)
-    emit(report, as_json, lambda: _print_status(report))
-    if not report.ok:
-        sys.exit(1)
+    emit(report, as_json, lambda: _print_status(report), passed=report.ok)
 
 
 def _print_status(report: RepositoryStatus) -> None:
@@ -205,9 +197,7 @@ def rotate(role: str, old: str | None, new: str | None, sign_with: tuple[Path, .
             f"{role}: {done.new} for {done.old} needs {draft.signatures_missing} more signatures of the root keys "
             f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
-    emit(document, as_json, lambda: echo(result))
-    if not done.is_complete:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo(result), passed=done.is_complete)
 
 
 @repository.command("revoke", epilog="Example: outstation fleet repository revoke exercise 1.3.0")

@@ -151,8 +151,8 @@ def promote(name: str, force_reason: str | None, home: Path, as_json: bool) -> N
                 {**head, "promoted": False, "blockers": blockers},
                 as_json,
                 lambda: echo(printable(f"{text}. --force REASON promotes it anyway.")),
+                passed=False,
             )
-            sys.exit(1)
         action = partial(actions.promote, expected=current, verdict=verdict, force_reason=force_reason)
         _decide_and_publish(publisher, action, as_json)
 
@@ -196,10 +196,7 @@ def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPubli
 
 
 def _decide(
-    home: Path,
-    name: str,
-    as_json: bool,
-    action: Callable[[Connection, RolloutOperator, int, Rollout], Rollout],
+    home: Path, name: str, as_json: bool, action: Callable[[Connection, RolloutOperator, int, Rollout], Rollout]
 ) -> None:
     """Record and publish a decision about the rollout `name`, as it is now."""
     with _open_publisher(home) as publisher:

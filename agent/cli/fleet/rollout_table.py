@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.cli.output import echo
-from agent.text import printable
+from agent.text import list_names, printable
 
 REFRESH_S = 2.0
 _STATE_COLORS = {"running": "green", "paused": "yellow", "aborted": "bold red", "finished": "bold green"}
@@ -87,9 +87,8 @@ def _render_details(document: dict[str, Any]) -> list[Text]:
     if document["blockers"]:
         lines.append(Text(f"  blocked by: {'; '.join(document['blockers'])}", "yellow"))
     if document["not_reported"]:
-        names = document["not_reported"]
-        more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-        lines.append(Text(printable(f"  not reported: {', '.join(names[:_MAX_NAMED])}{more}"), "dim"))
+        names = list_names(document["not_reported"], _MAX_NAMED)
+        lines.append(Text(printable(f"  not reported: {names}"), "dim"))
     devices = {device["device"]: device for device in document["devices"]}
     for name in document["rejected"][:_MAX_NAMED]:
         device, style = devices[name], "red" if name in document["failed"] else "dim"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -100,12 +99,12 @@ def simulate(**given: Any) -> None:
             _refuse_options_of_processes()
             is_chosen = click.get_current_context().get_parameter_source("speed") is ParameterSource.COMMANDLINE
             speed = options.speed if is_chosen or options.broker else None
-            sys.exit(0 if simulate_scenario.run(home, options, speed) else 1)
+            simulate_scenario.run(home, options, speed)
+            return
         document = _run_processes(home, options)
     document["seconds"] = round(time.monotonic() - started_s, 1)
-    emit(document, options.as_json, lambda: _print(document))
-    if not document["audit"]["passed"] or not document.get("rollout", {}).get("ended", True):
-        sys.exit(1)
+    passed = document["audit"]["passed"] and document.get("rollout", {}).get("ended", True)
+    emit(document, options.as_json, lambda: _print(document), passed=passed)
 
 
 def _check_broker(url: str) -> None:

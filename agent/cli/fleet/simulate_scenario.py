@@ -49,8 +49,8 @@ class SimulateOptions(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(keys.load_public(text) for text in self.publisher_keys)
 
 
-def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
-    """Run a scenario, print its report and write it to a file; return True if it passed. Raises UsageError."""
+def run(home: Path, options: SimulateOptions, speed: float | None) -> None:
+    """Run a scenario, print its report and write it to a file; exit with code 1 if it failed. Raises UsageError."""
     # Imported here: a hundred modules of device and collector.
     from agent.cli.progress import ProgressBar
     from agent.testing.simulation import report as reporting
@@ -70,9 +70,9 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
         stream: _split_columns(file) for stream, file in (_split("--recording", text) for text in options.recordings)
     }
     setup = setups.load(options.config_file, home, bundles, recordings, options.publishers)
-    tasks, groups = list(setup.config.tasks), setup.config.device.groups
+    groups = setup.config.device.groups
     scenario = scenarios.load(
-        options.scenario_file, setup.fields, tasks, options.devices, groups, setup.optional_fields
+        options.scenario_file, setup.fields, setup.batch_s, options.devices, groups, setup.optional_fields
     )
     if options.seed is not None:
         scenario = msgspec.structs.replace(scenario, seed=options.seed)
@@ -92,8 +92,7 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
         document = reporting.build(scenario, outcome, simulation.store)
     if report_file is not None:
         _write_report(report_file, document)
-    emit(document, options.as_json, lambda: _print_scenario(document))
-    return bool(document["passed"])
+    emit(document, options.as_json, lambda: _print_scenario(document), passed=document["passed"])
 
 
 def _write_report(file: Path, document: dict[str, Any]) -> None:
@@ -137,9 +136,8 @@ def _print_scenario(document: dict[str, Any]) -> None:
         echo(f"… and {alarms['n'] - _MAX_SENTENCES} more; all with --json")
     missed = pluralize(document["missed"], "expected alert")
     echo(f"{pluralize(alarms['n'], 'false alarm')}, budget {alarms['budget']}; {missed} missed")
-    if document["rejected_labels"]:
-        rejected = pluralize(document["rejected_labels"], "label")
-        echo(f"warning: devices rejected {rejected}: each must be a class of its model, or a number for a regressor")
+    for warning in document["warnings"]:
+        echo(f"warning: {warning}")
     for problem in document["problems"]:
         echo(f"not passed: {problem}")
     echo(

@@ -16,7 +16,6 @@ from agent.cli.fleet.common import (
     fleet_option,
     fleet_options,
     open_for_reading,
-    open_store,
     print_lines,
 )
 from agent.cli.output import emit
@@ -82,9 +81,7 @@ def viewer(name: str, with_password: bool, revoke: bool, home: Path, as_json: bo
 
     config = fleet_config.load(home)
     if revoke:
-        with open_store(config) as store:
-            outcome = viewers.revoke(home, config, store, name)
-        emit_revocation("viewer", name, outcome, as_json)
+        emit_revocation("viewer", name, viewers.revoke(home, config, name), as_json)
         return
     done = (viewers.add_password if with_password else viewers.add)(home, config, name)
     secret = {} if done.password is None else {"username": done.user, "password": done.password}

@@ -14,8 +14,8 @@ from click.core import ParameterSource
 
 from agent.cli.model.run import address_option, engine_option, join_option, load_bundle, open_cluster
 from agent.cli.options import PATH, json_option
-from agent.cli.output import echo, emit, require_writable
-from agent.errors import UsageError, explain
+from agent.cli.output import echo, emit, require_writable, write_output
+from agent.errors import UsageError
 from agent.text import printable
 
 if TYPE_CHECKING:
@@ -110,10 +110,13 @@ def evaluate(
     request = EvaluationRequest(data=data, label=label, output=output or "", **settings)
     _check_request(request, engine)
     chosen_gate = gate.read_gate(required)
-    _check_files(html, folder, about, junit, has_requirements=bool(chosen_gate.requirements or against))
+    if about is not None and folder is None:
+        raise UsageError("--about is for the cards; name their folder with --card")
+    if junit is not None and not (chosen_gate.requirements or against):
+        raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
     gates = [Path(text) for text in required if text.endswith(".toml")]
     inputs = [*_list_inputs(request, [*filter(None, (bundle, against))], [*filter(None, [about]), *gates])]
-    _require_outputs(html, folder, junit, inputs)
+    _check_outputs(html, folder, junit, inputs)
     texts = cards.read_texts(about) if about else cards.CardTexts()
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
@@ -121,19 +124,20 @@ def evaluate(
     if privacy:
         request = _with_min_count(request, loaded[0])
     # Before the evaluation, which may take minutes.
-    other = load_bundle(against, public, output) if against is not None else None
+    other = load_bundle(against, public, output, or_builtin=True) if against is not None else None
     result = _evaluate(loaded, request, cluster)
     if against is not None and other is not None:
         result = _compare(result, loaded, other, request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
     files = _write_files(result, texts, html, folder, junit)
-    emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
-    if not as_json:
+
+    def print_human() -> None:
+        evaluation_tables.print_evaluation(result)
         for path in files:
             echo(f"written: {path}")
-    if any(requirement.state != "passed" for requirement in result.requirements):
-        sys.exit(1)
+
+    emit(result, as_json, print_human, passed=all(each.state == "passed" for each in result.requirements))
 
 
 def _check_request(request: EvaluationRequest, engine: str) -> None:
@@ -148,22 +152,12 @@ def _check_request(request: EvaluationRequest, engine: str) -> None:
             raise UsageError(f"{path}: no such file")
 
 
-def _check_files(
-    html: Path | None, folder: Path | None, about: Path | None, junit: Path | None, *, has_requirements: bool
-) -> None:
-    """Raise UsageError for files that have no use."""
-    if about is not None and folder is None:
-        raise UsageError("--about is for the cards; name their folder with --card")
-    if junit is not None and not has_requirements:
-        raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
-    if html is not None and html == junit:
-        raise UsageError(f"{html}: --html and --junit would write the same file; name two")
-
-
-def _require_outputs(html: Path | None, folder: Path | None, junit: Path | None, inputs: Sequence[Path]) -> None:
-    """Raise UsageError for a file of the results that cannot be written, or that is one of `inputs`."""
+def _check_outputs(html: Path | None, folder: Path | None, junit: Path | None, inputs: Sequence[Path]) -> None:
+    """Raise UsageError for a file of the results that is named twice, cannot be written, or is one of `inputs`."""
     from agent.evaluation import cards
 
+    if html is not None and html == junit:
+        raise UsageError(f"{html}: --html and --junit would write the same file; name two")
     for path in (*filter(None, (html, junit)), *(folder / name for name in cards.FILES if folder is not None)):
         require_writable(path, inputs)
 
@@ -193,7 +187,7 @@ def _write_files(
             texts_by_file |= {folder / f"{name}.md": card.to_markdown(), folder / f"{name}.html": card.to_html()}
     if junit is not None:
         texts_by_file[junit] = gate.to_junit(result.requirements, result.model.name)
-    return [write_text(path, text) for path, text in texts_by_file.items()]
+    return [write_output(path, text.encode()) for path, text in texts_by_file.items()]
 
 
 def _with_min_count(request: EvaluationRequest, bundle: Bundle) -> EvaluationRequest:
@@ -234,13 +228,3 @@ def _compare(
 def _show_step(text: str) -> None:
     if sys.stderr.isatty():
         click.echo(f"\r\x1b[K{printable(text)}{' …' if text else ''}", nl=False, err=True)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Raise UsageError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {explain(error)}") from None
-    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ from agent.cli.model.evaluate import evaluate
 from agent.cli.model.features import features_command
 from agent.cli.model.run import join_option, run
 from agent.cli.options import PATH, json_option, require_clean_option
-from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit, require_writable
-from agent.errors import BadBundle, UsageError, explain
+from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit, require_writable, write_output
+from agent.errors import BadBundle, UsageError
 from agent.text import pluralize, printable
 from agent.wire import keys
 
@@ -49,11 +48,7 @@ def keygen(file: Path, as_json: bool) -> None:
     """Generate a publisher's key; devices trust its public half from [publishers] keys."""
     key = keys.generate(file).public
     document = {"file": str(file), "key": key.text, "thumbprint": key.kid}
-    emit(
-        document,
-        as_json,
-        lambda: echo(f"{file} written, mode 0600\nkey         {key.text}\nthumbprint  {key.kid}"),
-    )
+    emit(document, as_json, lambda: echo(f"{file} written, mode 0600\nkey         {key.text}\nthumbprint  {key.kid}"))
 
 
 @model.command(epilog="Example: outstation model pack bundle.toml -o exercise --sign-with publisher.key")
@@ -114,9 +109,7 @@ def pack(
     document |= {name: members[name] for name in ("digest", "warnings", "notes", "training")}
     head = f"{out} not written: {NOT_CLEAN}" if refused else f"{out} {packed.digest}"
     lines = [head, *packed.notes, *_training_lines(packed.training), *(f"warning: {w}" for w in packed.warnings)]
-    emit(document, as_json, lambda: echo("\n".join(map(printable, lines))))
-    if refused:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo("\n".join(map(printable, lines))), passed=not refused)
 
 
 def _training_lines(training: list[CheckedData]) -> Iterator[str]:
@@ -143,10 +136,7 @@ def make_reference(
     model, draft, own, parts = _load_model(bundle, spec)
     require_writable(out, [*filter(None, (data, bundle, spec)), *parts, *own.values(), *joined.values()])
     reference = packing.build_reference(data, model, draft, {**own, **joined})
-    try:
-        out.write_bytes(reference.to_json())
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {explain(error)}") from None
+    write_output(out, reference.to_json())
     windows, warning = reference.drift_windows, reference.warning
     document = {"file": str(out), "digest": reference.digest, "windows": windows, "warning": warning}
     text = f"{out} {reference.digest}, {windows} drift windows" + (f"\nwarning: {warning}" if warning else "")
@@ -203,9 +193,7 @@ def check(bundle: Path, public: str | None, as_json: bool) -> None:
     document = _check_bundle(bundle, public)
     title = f"{document['name'] or 'bundle'} {document['version'] or ''} {document['digest'] or ''}".strip()
     lines = [printable(title), *(_format_check(**entry) for entry in document["checks"])]
-    emit(document, as_json, lambda: echo_styled("\n".join(lines)))
-    if not document["ok"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo_styled("\n".join(lines)), passed=document["ok"])
 
 
 def _format_check(name: str, ok: bool, detail: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -110,9 +109,7 @@ def run(
         "rejected_rows": [{"file": r.file, "line": r.line, "reason": r.reason} for r in total.rejected_rows],
         "seconds": round(time.monotonic() - started_s, 3),
     }
-    emit(document, as_json, lambda: _print(document))
-    if total.rejected_count:
-        sys.exit(1)
+    emit(document, as_json, lambda: _print(document), passed=not total.rejected_count)
 
 
 def open_cluster(engine: str, address: str | None) -> AbstractContextManager[RayCluster | None]:
@@ -126,17 +123,19 @@ def open_cluster(engine: str, address: str | None) -> AbstractContextManager[Ray
     return RayCluster(address)
 
 
-def load_bundle(path: Path, public: str | None, output: str | None = None) -> tuple[Bundle, Inference, str]:
+def load_bundle(
+    path: Path, public: str | None, output: str | None = None, *, or_builtin: bool = False
+) -> tuple[Bundle, Inference, str]:
     """Return the bundle, its model in a confined process, and a description of its signature. Raises BadBundle.
 
-    With `output`, it is a bundle of this further output alone.
+    With `output`, it is a bundle of this further output alone; with `or_builtin` it may be one of the program, too.
     """
     from agent.model import activation
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
 
     path = builtin.resolve_path(path)
-    trusted = [keys.load_public(public)] if public else None
+    trusted = [keys.load_public(public), *(builtin.publisher_keys() if or_builtin else [])] if public else None
     bundle = bundles.read(path, trusted)
     _, signature = trust.check_signature(path, bundle, trusted)
     view = bundle if output is None else _select_output(path, bundle, output)

@@ -171,7 +171,8 @@ def _find(body: Mapping[str, Any], member: str) -> Any:
 
 
 def _print(document: Mapping[str, Any]) -> None:
-    echo(f"No number rests on fewer than {document['min_count']} readings. {_describe_journal(document)}")
+    journal = f"The journal {'shows' if document['values_in_logs'] else 'leaves out'} the values of rejected rows."
+    echo(f"No number rests on fewer than {document['min_count']} readings. {journal}")
     sealed = "Messages are sealed to the collector." if document["encrypt"] else "The broker can read the messages."
     echo(f"{sealed}\n")
     for stream in document["streams"]:
@@ -213,7 +214,3 @@ def _print(document: Mapping[str, Any]) -> None:
 def _name_message(leaf: Mapping[str, Any], tasks: list[str]) -> str:
     """Return the kind of message, with the tasks if not all tasks of the stream send it so."""
     return leaf["message"] if leaf["tasks"] == tasks else f"{leaf['message']} ({', '.join(leaf['tasks'])})"
-
-
-def _describe_journal(document: Mapping[str, Any]) -> str:
-    return f"The journal {'shows' if document['values_in_logs'] else 'leaves out'} the values of rejected rows."

@@ -84,19 +84,21 @@ def propose_from_broker(url: str, topic: str, seconds: float) -> ProposedStream:
     name = make_name(levels[-1] if levels else "mqtt", set())[:32]
     named = [field for field in columns.fields if field.place != f"$.{field.name}"]
     paths = ", ".join(f"{encode_value(field.name)} = {encode_value(field.place)}" for field in named)
-    parts = ['kind = "mqtt"', f"topic = {encode_value(topic)}", f"broker = {_broker_toml(broker)}"]
+    is_local = broker.host in ("localhost", "127.0.0.1", "::1")
+    plain = "" if broker.tls or is_local else ", allow_plaintext = true"
+    location = f"{{ url = {encode_value(broker.url)}{plain} }}"
+    parts = ['kind = "mqtt"', f"topic = {encode_value(topic)}", f"broker = {location}"]
     parts += [f"paths = {{ {paths} }}"] if paths else []
-    parts += (
-        [f"t = {encode_value(columns.time)}"] if columns.time is not None and _is_seconds(sample[columns.time]) else []
-    )
+    if columns.time is not None and all(isinstance(t, int | float | None) for t in sample[columns.time]):
+        parts.append(f"t = {encode_value(columns.time)}")
     notes = [*columns.notes, f"{len(rows)} readings were seen; {others} messages held none."]
     return ProposedStream(name, _to_toml(name, columns.fields, f"source = {{ {', '.join(parts)} }}\n"), notes)
 
 
 def _listen(broker: BrokerConfig, topic: str, seconds: float) -> Iterator[IncomingMessage]:
-    due, count = time.monotonic() + seconds, 0
     try:
         with Link(broker, f"outstation-init-{secrets.token_hex(4)}", subscribe=[topic]) as link:
+            due, count = time.monotonic() + seconds, 0
             while (left := due - time.monotonic()) > 0 and count < _MAX_MESSAGES:
                 for event in link.receive(min(1.0, left)):
                     if isinstance(event, IncomingMessage):
@@ -138,16 +140,6 @@ def _topic_levels(topic: str, rows: list[dict[str, Any]]) -> dict[str, list[Any]
     wild = (at for at, level in enumerate(topic.split("/")) if level == "+")
     columns = {f"topic[{at}]": [levels[at] for levels in split] for at in wild}
     return {place: values for place, values in columns.items() if len(set(values)) > 1}
-
-
-def _is_seconds(values: list[Any]) -> bool:
-    return all(value is None or isinstance(value, int | float) for value in values)
-
-
-def _broker_toml(broker: BrokerConfig) -> str:
-    is_local = broker.host in ("localhost", "127.0.0.1", "::1")
-    plain = "" if broker.tls or is_local else ", allow_plaintext = true"
-    return f"{{ url = {encode_value(broker.url)}{plain} }}"
 
 
 def _to_toml(name: str, fields: list[ProposedField], source: str) -> str:

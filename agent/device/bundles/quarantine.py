@@ -183,7 +183,8 @@ class CrashMarker(Marker[CrashRecord]):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / FILE, CrashRecord, "a model that ends the daemon")
-        self._process, self._run_counter = f"{os.getpid()}/{time.monotonic_ns()}", itertools.count(1)
+        # Of one length, so that what is written does not depend on the process.
+        self._process, self._run_counter = f"{os.getpid():08x}/{time.monotonic_ns():016x}", itertools.count(1)
 
     @contextlib.contextmanager
     def guard_run(self, task: str, digest: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays, decoders
@@ -102,8 +103,7 @@ def restore(store: Store, task: str, monitor: DriftMonitor, suffix: str = "") ->
         pass
     old, is_whole = _decode_old(past, site, guard)
     if old is None:
-        monitor = monitor.rebase(monitor.own)
-        return RestoredDrift(monitor, monitor.start(), [], encode_basis(monitor))
+        return _begin_anew(store, task, monitor.rebase(monitor.own))
     inherited = Reference.from_json(basis.reference) if basis is not None and is_whole else None
     return _succeed(task, monitor, old, inherited, is_whole=is_whole)
 
@@ -125,6 +125,22 @@ def _decode_old(past: bytes, site: bytes | None, guard: bytes | None) -> tuple[D
         except ValueError:
             continue
     return None, False
+
+
+def _begin_anew(store: Store, task: str, monitor: DriftMonitor) -> RestoredDrift:
+    """Drop a state that cannot be read, such as one of another version: its open alerts end."""
+    cause = "the stored drift state is damaged, or another version wrote it"
+    summary = f"{task}: {cause}, so the site reference is learned again."
+    evidence = {"task": task, "asked": "state unreadable", "by": "the agent"}
+    messages = [PendingMessage.audit("reference reset", summary, evidence)]
+    for alert in store.open_alerts(task):
+        if alert["alert"] in ("drift", "fault"):
+            body = {name: alert[name] for name in ("alert", "subject", "id")}
+            body |= {"state": "cleared", "severity": "info", "summary": f"{task}: {cause}.", "evidence": {}}
+            messages.append(PendingMessage("alerts", task, body))
+    # No fewer alerts were raised so far: their ids are not used again.
+    raised = np.full_like((fresh := monitor.start()).raised_counts, store.counters().get("messages.alerts", 0))
+    return RestoredDrift(monitor, replace(fresh, raised_counts=raised), messages, encode_basis(monitor))
 
 
 def _succeed(

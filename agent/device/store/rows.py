@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import clock
 from agent.clock import parse_local
 from agent.config import FieldConfig, StreamConfig
 from agent.errors import RowRejected
@@ -24,7 +25,6 @@ from agent.wire import commitment
 
 _DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
 MAX_CODE = 2**16 - 1
-T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _MAX_SHORT_OFFSET = 2**32 - 1
 _MAX_EXACT_INT = 2**53
 _MAX_FLOAT = sys.float_info.max
@@ -403,7 +403,7 @@ def _validate_times(
         raise RowRejected(f"t has {len(raw.t)} values, {raw.n} are needed")
     # A rejected row does not move the producer's time: then each row is looked at.
     if raw.t_in_us:
-        within = raw.t[0] >= 0 and raw.t[-1] <= T_MAX_S * 1_000_000
+        within = raw.t[0] >= 0 and raw.t[-1] <= clock.MAX_TIME_S * 1_000_000
         if within and not rejected and _are_in_order(raw.t, after_us):
             return raw.t, int(raw.t[-1]), True
         seconds = raw.t / 1e6
@@ -415,12 +415,12 @@ def _validate_times(
         _reject_where(rejected, seconds < 0, _TIME_FIELD, seconds, "is before 1970")
         _reject_where(
             rejected,
-            seconds > T_MAX_S,
+            seconds > clock.MAX_TIME_S,
             _TIME_FIELD,
             seconds,
             "is after 2100; give seconds since 1970, not milliseconds",
         )
-    given = np.isfinite(seconds) & (seconds >= 0) & (seconds <= T_MAX_S)
+    given = np.isfinite(seconds) & (seconds >= 0) & (seconds <= clock.MAX_TIME_S)
     times = raw.t if raw.t_in_us else np.rint(np.where(given, seconds, 0) * 1e6).astype(np.int64)
     t = np.where(given, times, np.int64(now_us))
     given[list(rejected.reasons)] = False
@@ -434,7 +434,7 @@ def _validate_times(
 
 def _convert_times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | None:
     """Return epoch µs if all times are within limits and ascend, else None: each needs its own check."""
-    if not (np.minimum.reduce(seconds) >= 0 and np.maximum.reduce(seconds) <= T_MAX_S):
+    if not (np.minimum.reduce(seconds) >= 0 and np.maximum.reduce(seconds) <= clock.MAX_TIME_S):
         return None
     t = np.rint(seconds * 1e6).astype(np.int64)
     return t if _are_in_order(t, after_us) else None

@@ -34,7 +34,7 @@ _BACKOFF_S = (0.5, 4.0, 60.0)
 # A session of this length, or one in which the collector answered, resets the back-off.
 _STABLE_CONNECTION_S = 60.0
 _GOODBYE_TIMEOUT_S = 1.0
-# For the last turn, and for the two seconds that a broker may take to close.
+# For the last turn, and for the broker to close.
 _CLOSE_TIMEOUT_S = 3.0
 # A connect may take as long as a resolver that nobody answers, and its own timeouts.
 _HEARTBEAT_TIMEOUT_S = 120.0

@@ -61,12 +61,14 @@ def attack(
     # A share of fewer says nothing; half of the windows are for the search.
     if len(index) >= 2 * _MIN_PATCHED:
         attacks += patches.search_patches(target, index, rng)
+    is_number = target.answers.kind == "number"
+    criterion = f"the value changes by more than {target.tolerance:.4g}" if is_number else "the answer is another one"
     return AdversarialResult(
         windows=len(target),
         invocations=target.invocations,
         max_invocations=max_invocations,
         seed=seed,
-        criterion=_describe_criterion(target),
+        criterion=criterion,
         low=_round(target.limits.low),
         high=_round(target.limits.high),
         attacks=attacks,
@@ -111,22 +113,12 @@ def _summarize(
         name, sd = target.inference.fields[field], float(target.limits.sd[field])
         unit = manifest.input.units[field] if manifest.input.units else ""
     yield smallest_change(name, "", sizes, largest_sd, sd, unit)
-    labels = _list_labels(target)
+    labels: Sequence[str] = ()
+    if target.answers.kind != "number" and target.answers.labels is None:
+        labels = manifest.output.labels or ("normal", "anomaly")
     for code in np.unique(target.codes[index])[:MAX_CLASSES].tolist() if len(labels) > 1 else ():
         own = sizes[target.codes[index] == code]
         yield smallest_change(name, labels[code], own, largest_sd, sd, unit)
-
-
-def _list_labels(target: Target) -> Sequence[str]:
-    if target.answers.kind == "number" or target.answers.labels is not None:
-        return ()
-    return target.inference.manifest.output.labels or ("normal", "anomaly")
-
-
-def _describe_criterion(target: Target) -> str:
-    if target.answers.kind == "number":
-        return f"the value changes by more than {target.tolerance:.4g}"
-    return "the answer is another one"
 
 
 def _round(values: np.ndarray) -> list[float]:

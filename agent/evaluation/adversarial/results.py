@@ -77,7 +77,8 @@ def smallest_change(
     field: str, label: str, sizes: Float64s, largest_sd: float, sd: float | None, unit: str
 ) -> SmallestChange:
     """Summarize the sizes (n,) in sd of the changes that flipped, inf for none; `sd` is that of a single field."""
-    smallest, median = (_round_finite(float(size)) for size in (sizes.min(), np.quantile(sizes, 0.5, method="lower")))
+    ends = float(sizes.min()), float(np.quantile(sizes, 0.5, method="lower"))
+    smallest, median = (float(f"{size:.4g}") if np.isfinite(size) else None for size in ends)
     return SmallestChange(
         field=field,
         label=label,
@@ -90,7 +91,3 @@ def smallest_change(
         median=None if median is None or sd is None else float(f"{median * sd:.4g}"),
         largest_sd=largest_sd,
     )
-
-
-def _round_finite(value: float) -> float | None:
-    return float(f"{value:.4g}") if np.isfinite(value) else None

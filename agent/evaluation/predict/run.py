@@ -25,7 +25,6 @@ from agent.evaluation.predict.output import OutputColumns, PartialOutput
 from agent.evaluation.predictions import StreamingPredictor
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import Inference
-from agent.model.inference.joins import JoinedRows
 from agent.model.inference.runtime_name import runtime_name
 
 CHECKPOINT_INTERVAL_S = 2.0
@@ -103,7 +102,8 @@ class BatchPredictor:
         """Write the predictions for all of `source` to `out`. Raises UsageError."""
         if out.exists() and any(out.samefile(file) for file in (source, *self._joined_files(source)) if file.exists()):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
-        reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
+        spec = self.inference.manifest.input
+        reader = readers.open_reader(source, spec, block_bytes=self._block_bytes)
         joined = joined_rows.read(self.inference.manifest, source, self.joined)
         sidecar = checkpoint_path(out)
         with contextlib.closing(PartialOutput(out, self._columns)) as part:
@@ -113,9 +113,14 @@ class BatchPredictor:
             stream = state.restore_stream(self.inference)
             saved_s = time.monotonic()
             for block in reader.blocks(state.position):
-                self._process_block(block, joined, stream, state, part, source)
-                # Its arrays are freed before the next block is read.
-                del block
+                rows, result = stream.feed(block.rows, block.t, block.row_numbers, joined, raw=self.raw)
+                part.write(rows, result, self._file_names(block, rows, source))
+                state.totals.results += len(rows)
+                state.totals.incomplete += int((result.missing_share > spec.max_missing).sum())
+                state.totals.add_block(source.name, len(block.rows), block.rejected)
+                state.position = block.next_position
+                # Their arrays are freed before the next block is read.
+                del block, rows, result
                 progress(reader.progress(state.position), reader.size, state.totals.rows)
                 if time.monotonic() - saved_s >= CHECKPOINT_INTERVAL_S:
                     state.written = part.sync()
@@ -124,22 +129,6 @@ class BatchPredictor:
             part.finish()
         sidecar.unlink(missing_ok=True)
         return state.totals
-
-    def _process_block(
-        self,
-        block: RowBlock,
-        joined: Mapping[str, JoinedRows],
-        stream: StreamingPredictor,
-        state: _Checkpoint,
-        part: PartialOutput,
-        source: Path,
-    ) -> None:
-        rows, result = stream.feed(block.rows, block.t, block.row_numbers, joined, raw=self.raw)
-        part.write(rows, result, self._file_names(block, rows, source))
-        state.totals.results += len(rows)
-        state.totals.incomplete += int((result.missing_share > self.inference.manifest.input.max_missing).sum())
-        state.totals.add_block(source.name, len(block.rows), block.rejected)
-        state.position = block.next_position
 
     def _file_names(self, block: RowBlock, rows: Ints, source: Path) -> TextColumn | None:
         """Return the file of each of `rows`, if it is a column; recordings of images or sounds are one file."""
@@ -158,8 +147,11 @@ def predict_folder(predictor: BatchPredictor, source: Path, out: Path, progress:
         job = predictor.make_job(path, out / path.name)
         totals = ledger.get(job)
         if totals is None:
-            file_progress = _folder_progress(progress, i, len(sources), total.rows)
-            totals = predictor.predict_file(job.source, job.target, file_progress)
+
+            def report(done: int, size: int, rows: int, i: int = i) -> None:
+                progress(i * 1000 + 1000 * done // max(1, size), len(sources) * 1000, total.rows + rows)
+
+            totals = predictor.predict_file(job.source, job.target, report)
             ledger.add(job, totals)
         total.add(totals)
     ledger.remove()
@@ -176,12 +168,6 @@ def list_inputs(source: Path, out: Path) -> list[Path]:
     except OSError as error:
         raise UsageError(f"{out}: cannot be created: {error.strerror}; name another folder with -o") from None
     return files
-
-
-def _folder_progress(progress: Progress, i: int, file_count: int, previous_rows: int) -> Progress:
-    return lambda done, size, rows: progress(
-        i * 1000 + 1000 * done // max(1, size), file_count * 1000, previous_rows + rows
-    )
 
 
 def checkpoint_path(out: Path) -> Path:

@@ -26,16 +26,9 @@ from agent import clock, durable_files
 from agent.errors import MessageRefused
 from agent.fleet.audit import pruned as pruned_devices
 from agent.fleet.audit import rollouts
-from agent.fleet.audit.checkpoint import (
-    Checkpoint,
-    CheckpointFolder,
-    LogState,
-    copy_database,
-    load_states,
-    save_states,
-)
+from agent.fleet.audit.checkpoint import Checkpoint, CheckpointFolder, LogState, copy_database, load_states, save_states
 from agent.fleet.audit.log_auditor import AuditParts, LogAuditor, to_bytes
-from agent.fleet.audit.pruned import LogBase, PrunedDevice
+from agent.fleet.audit.pruned import PrunedDevice
 from agent.fleet.audit.replay import Replay, keep_devices
 from agent.fleet.audit.report import AuditReport
 from agent.fleet.audit.stored_rows import StoredTables, sort_key
@@ -217,7 +210,8 @@ class _DeviceAuditor:
         own_logs = {
             name: [*logs] for name, logs in groupby(sorted({*last_seqs, *states, *bases}, key=sort_key), itemgetter(0))
         }
-        for device, rows in groupby(self._store.evidence(devices), itemgetter(0)):
+
+        def audit_device(device: Any, rows: Iterable[Row]) -> None:
             parts = self._new_parts(key_rows.get(device, b""))
             logs = dict.fromkeys(own_logs.pop(device, ()))
             is_same = True
@@ -227,17 +221,20 @@ class _DeviceAuditor:
                 self._check_messages(auditor, log_rows)
                 is_same &= auditor.is_unchanged
                 self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
-            is_same &= self._finish_empty_logs(logs, last_seqs, ends, states, bases, tables, parts)
+            # Logs without a message must not have had one.
+            for name in logs:
+                is_same &= name not in states or not states[name].last_seq
+                auditor = LogAuditor(name, LogState(), bases.get(name), tables, parts)
+                self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
             if is_same:
                 self._report.merge(parts.report)
             else:
                 changed.append(device)
-        for device, names in own_logs.items():
-            parts = self._new_parts(key_rows.get(device, b""))
-            if self._finish_empty_logs(dict.fromkeys(names), last_seqs, ends, states, bases, tables, parts):
-                self._report.merge(parts.report)
-            else:
-                changed.append(device)
+
+        for device, rows in groupby(self._store.evidence(devices), itemgetter(0)):
+            audit_device(device, rows)
+        for device in [*own_logs]:
+            audit_device(device, ())
         tables.finish()
         for device in changed:
             self._replay.forget(device)
@@ -248,24 +245,6 @@ class _DeviceAuditor:
         return AuditParts(
             self._keyring, self._replay, AuditReport(), self.broken, key_rows if self._makes_states else None
         )
-
-    def _finish_empty_logs(
-        self,
-        names: Iterable[Row],
-        last_seqs: Mapping[Any, int],
-        ends: Mapping[Any, int],
-        states: Mapping[Any, LogState],
-        bases: Mapping[Any, LogBase],
-        tables: StoredTables,
-        parts: AuditParts,
-    ) -> bool:
-        """Finish logs without a message; return False if one had some."""
-        is_same = True
-        for name in names:
-            is_same &= name not in states or not states[name].last_seq
-            auditor = LogAuditor(name, LogState(), bases.get(name), tables, parts)
-            self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
-        return is_same
 
     def _find_ends(self, devices: Devices) -> dict[tuple[Any, Any], int]:
         """Return the last seq of each log that a signed message of a later log declares ended."""

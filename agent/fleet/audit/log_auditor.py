@@ -11,7 +11,7 @@ import msgspec
 
 from agent.errors import MessageRefused
 from agent.fleet.audit.checkpoint import LogState
-from agent.fleet.audit.coverage import JoinedCoverage, RowCoverage
+from agent.fleet.audit.coverage import RowCoverage
 from agent.fleet.audit.pruned import LogBase
 from agent.fleet.audit.replay import Replay
 from agent.fleet.audit.report import AuditReport
@@ -150,7 +150,8 @@ class LogAuditor:
         for (task, stream), track in self._coverage.tracks.items():
             rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
             names = {"task": task, "stream": stream}
-            joined = {name: _describe_joined(each) for name, each in track.joined.items()}
+            members = ("stream", "first", "last", "messages", "unproven")
+            joined = {name: {each: getattr(rows, each) for each in members} for name, rows in track.joined.items()}
             self.report.coverage.append({**place, **names, **rows, "joined": joined})
 
     def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, VerifiedMessage | None]:
@@ -180,12 +181,6 @@ class LogAuditor:
             self._coverage.end_secret(body)
         if isinstance(body, HealthPayload):
             yield from self._coverage.check_health(body)
-
-
-def _describe_joined(joined: JoinedCoverage) -> dict[str, Any]:
-    """Return the rows of a further input's stream, and in how many messages no commitment proves them."""
-    rows = {"stream": joined.stream, "first": joined.first, "last": joined.last}
-    return rows | {"messages": joined.messages, "unproven": joined.unproven}
 
 
 def to_bytes(rows: Row) -> bytes:

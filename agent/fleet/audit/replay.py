@@ -34,10 +34,7 @@ _TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
     "log_ends": (2, ("device", "log", "last_seq")),
     PROVENANCE_TABLE: (
         2,
-        (
-            *("device", "provenance", "task", "stream", "model", "version", "digest"),
-            *("agent", "runtime", "config"),
-        ),
+        (*("device", "provenance", "task", "stream", "model", "version", "digest"), *("agent", "runtime", "config")),
     ),
     INCIDENTS_TABLE: (4, INCIDENT_COLUMNS),
     "gaps": (3, ("device", "log", "first", "last", "declared")),

@@ -100,7 +100,7 @@ class EvidenceQueries:
             "SELECT rollout, phase, reason, count(*) AS devices FROM (SELECT rollout, phase, reason, "
             "row_number() OVER (PARTITION BY rollout, device, task ORDER BY time DESC, seq DESC) AS nth "
             "FROM rollout_devices) reports "
-            "WHERE nth = 1 GROUP BY rollout, phase, reason ORDER BY rollout, phase, reason",
+            "WHERE nth = 1 GROUP BY rollout, phase, reason ORDER BY rollout, phase, reason"
         )
 
     def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:

@@ -212,21 +212,21 @@ class SqliteDatabase:
         return True
 
     def join_collectors(self) -> int:
-        """Return 1. Raises StorageBusy while the database is copied to another one."""
-        if not self._lock_collectors(fcntl.LOCK_SH):
-            problem = "`outstation fleet migrate` copies it; when that has ended, collect into the new database"
+        """Return 1. Raises StorageBusy while another collector has the database, or `fleet migrate` copies it."""
+        if not self.exclude_collectors():
+            problem = (
+                "another collector runs on it, or `outstation fleet migrate` copies it. Stop that one, or move to "
+                "PostgreSQL, where several share the messages: outstation fleet collect --share NAME"
+            )
             raise StorageBusy(f"{self.path}: {problem}")
         return 1
 
     def exclude_collectors(self) -> bool:
-        return self._lock_collectors(fcntl.LOCK_EX)
-
-    def _lock_collectors(self, operation: int) -> bool:
         """Lock a file of its own until the database closes: the other one is locked for each transaction."""
         if self._collectors is None:
             self._collectors = self._open_lock_file(".collectors")
         try:
-            fcntl.flock(self._collectors, operation | fcntl.LOCK_NB)
+            fcntl.flock(self._collectors, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True

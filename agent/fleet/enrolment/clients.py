@@ -51,7 +51,7 @@ def add(folder: Path, config: FleetConfig, user: str, access: Access) -> AddedCl
     return AddedClients([certificate, key], [*steps], user)
 
 
-def revoke(folder: Path, config: FleetConfig, store: FleetStore, user: str) -> RevocationOutcome:
+def revoke(folder: Path, config: FleetConfig, user: str) -> RevocationOutcome:
     """Withdraw a client's access: revoke its certificate, end its session and remove its files.
 
     Raises UsageError and StorageError.
@@ -60,7 +60,7 @@ def revoke(folder: Path, config: FleetConfig, store: FleetStore, user: str) -> R
     certificate = Path(files.cert_file)
     if config.ca is None or not certificate.exists():
         raise UsageError(f"{certificate}: no such file, so there is no {user}")
-    outcome = _revoke_certificate(folder, config, store, certificate)
+    outcome = _revoke_certificate(folder, config, certificate)
     revocation.change_access(folder, config, AccessChange(user, "none"), outcome)
     durable_files.remove(certificate)
     durable_files.remove(Path(files.tls_key_file))
@@ -78,10 +78,12 @@ def reissue(folder: Path, config: FleetConfig, store: FleetStore, role: str) -> 
     if config.ca is None or not certificate.exists():
         raise UsageError(f"{certificate}: no such file; the broker is used without TLS, or another folder has it")
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-    outcome = _revoke_certificate(folder, config, store, certificate)
-    issued = authority.issue_client(role, config.fleet.name)
-    durable_files.write(key, issued.key, 0o600)
-    durable_files.write(certificate, issued.certificate, 0o644)
+    # Two calls at once must not leave the key of one beside the certificate of the other.
+    with store.transaction():
+        outcome = _revoke_certificate(folder, config, certificate)
+        issued = authority.issue_client(role, config.fleet.name)
+        durable_files.write(key, issued.key, 0o600)
+        durable_files.write(certificate, issued.certificate, 0o644)
     try:
         if role != broker_access.ADMIN:
             broker_control.end_session(config, role, authority)
@@ -91,10 +93,6 @@ def reissue(folder: Path, config: FleetConfig, store: FleetStore, role: str) -> 
     return outcome
 
 
-def _revoke_certificate(folder: Path, config: FleetConfig, store: FleetStore, certificate: Path) -> RevocationOutcome:
+def _revoke_certificate(folder: Path, config: FleetConfig, certificate: Path) -> RevocationOutcome:
     serial = pki.read_serial(input_files.read_bytes(certificate), certificate)
-    outcome = RevocationOutcome([], [f"{serial:x}"])
-    # One process at a time writes the list.
-    with store.transaction():
-        outcome.steps = revocation.add(folder, config, [serial])
-    return outcome
+    return RevocationOutcome([], [f"{serial:x}"], steps=revocation.add(folder, config, [serial]))

@@ -8,7 +8,6 @@ import msgspec
 
 from agent.errors import UsageError
 from agent.fleet.config import FleetConfig, Identity
-from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import clients
 from agent.fleet.enrolment.clients import AddedClients
 from agent.fleet.enrolment.revocation import RevocationOutcome
@@ -45,10 +44,10 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedClients:
     return added
 
 
-def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
+def revoke(folder: Path, config: FleetConfig, name: str) -> RevocationOutcome:
     """Shut a collector out. Raises UsageError."""
     _check_name(name)
-    return clients.revoke(folder, config, store, user_name(name))
+    return clients.revoke(folder, config, user_name(name))
 
 
 def is_collector(folder: Path, name: str) -> bool:

@@ -138,9 +138,11 @@ def _load_certificate(
 ) -> x509.Certificate | None:
     """Return the device's certificate, unless it is revoked, or is of another key than `tls_key`."""
     path = home / CERTIFICATE
-    if not path.exists() or revocation.is_revoked(folder, authority, path):
+    if not path.exists():
         return None
     certificate = x509.load_pem_x509_certificate(input_files.read_bytes(path))
+    if revocation.is_revoked(folder, authority, certificate.serial_number):
+        return None
     is_other = tls_key is not None and certificate.public_key() != tls_key
     return None if is_other else certificate
 

@@ -122,12 +122,12 @@ def enrol(
     if bundle is None:
         files.require_no_private_keys()
     former = RevocationOutcome([], [])
-    # Before the new certificate is issued: it must not be revoked.
-    revokes = replace and not keep_certificate
-    revoke = revocation.make_certificate_revoker(folder, config, store, device, former) if revokes else lambda: None
+    issue = partial(files.issue, bundle)
+    if replace and not keep_certificate and config.ca is not None and _was_enrolled(store, device):
+        issue = partial(revocation.replace_certificates, folder, config, device, issue, former)
     made_by: KeyMaker = "operator" if SIGNING_KEY in files.private else "device"
     register = partial(store.enrol, device, key, replace=replace, keep_through=keep_through, made_by=made_by)
-    new = _commit(register, files, bundle, revoke)
+    new = _commit(register, files, issue)
     files.write_public(home)
     _let_in(folder, config, device, former)
     return Enrolment(device, key, made_by if new else None, new, home, former)
@@ -151,15 +151,14 @@ def _let_in(folder: Path, config: FleetConfig, device: str, former: RevocationOu
     revocation.change_access(folder, config, AccessChange(device, "device", tuple(sorted(config.fleet.tasks))), former)
 
 
-def _commit(register: Callable[..., bool], files: DeviceFiles, bundle: Path | None, revoke: Callable[[], None]) -> bool:
+def _was_enrolled(store: FleetStore, device: str) -> bool:
+    return any(owner == device for _, owner, *_ in store.enrolled_keys())
+
+
+def _commit(register: Callable[..., bool], files: DeviceFiles, issue: Callable[[], None]) -> bool:
     """Register a key, with its files issued before the database commits; withdraw them if it does not."""
-
-    def issue_files() -> None:
-        files.issue(bundle)
-        revoke()
-
     try:
-        return register(now=clock.now_rfc3339(), before_commit=issue_files)
+        return register(now=clock.now_rfc3339(), before_commit=issue)
     except BaseException:
         files.withdraw()
         raise

@@ -56,11 +56,26 @@ def list_due(
     return sorted(due, key=lambda entry: entry.end)
 
 
-def issue(folder: Path, config: FleetConfig, due: DueCertificate) -> bytes:
+def issue(folder: Path, config: FleetConfig, store: FleetStore, due: DueCertificate) -> bytes | None:
     """Return a certificate (PEM) that ends later: an archived one that was not confirmed, or a new one.
 
-    Raises UsageError.
+    None if the device was revoked or enrolled anew since `list_due`: one more certificate of its former key would be
+    in no revocation list. Raises UsageError and StorageError.
     """
+    with store.transaction() as db:
+        db.lock_devices([due.device])
+        return None if _is_withdrawn(folder, config, store, due) else _issue(folder, config, due)
+
+
+def _is_withdrawn(folder: Path, config: FleetConfig, store: FleetStore, due: DueCertificate) -> bool:
+    """Call it in a transaction that has locked the device, so that nobody revokes it meanwhile."""
+    assert config.ca is not None
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    revoked = revocation.is_revoked(folder, authority, due.certificate.serial_number)
+    return revoked or store.active_key(due.device) is None
+
+
+def _issue(folder: Path, config: FleetConfig, due: DueCertificate) -> bytes:
     assert config.ca is not None
     key = due.certificate.public_key()
     assert isinstance(key, Ed25519PublicKey)
@@ -86,9 +101,12 @@ def _list_newer(folder: Path, due: DueCertificate) -> list[x509.Certificate]:
     return [entry for entry in archived if entry.public_key() == key and entry.not_valid_after_utc > due.end]
 
 
-def confirm(folder: Path, device: str, pem: bytes) -> None:
-    """Record that the device has the certificate. Raises StorageError."""
-    durable_files.write(folder / "devices" / device / CERTIFICATE, pem, 0o600)
+def confirm(folder: Path, config: FleetConfig, store: FleetStore, due: DueCertificate, pem: bytes) -> None:
+    """Record that the device has the certificate, unless it was revoked since. Raises UsageError and StorageError."""
+    with store.transaction() as db:
+        db.lock_devices([due.device])
+        if not _is_withdrawn(folder, config, store, due):
+            durable_files.write(folder / "devices" / due.device / CERTIFICATE, pem, 0o600)
 
 
 def _load(path: Path) -> x509.Certificate:

@@ -12,6 +12,7 @@ without any right.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -77,27 +78,32 @@ def list_issued_serials(folder: Path, device: str) -> list[int]:
     return sorted({pki.read_serial(input_files.read_bytes(path), path) for path in archive.glob("*.crt")})
 
 
-def is_revoked(folder: Path, authority: pki.CertificateAuthority, certificate: Path) -> bool:
-    """Return True if a certificate (PEM file) is in the CRL. Raises UsageError."""
+def is_revoked(folder: Path, authority: pki.CertificateAuthority, serial: int) -> bool:
+    """Return True if a certificate is in the CRL. Raises UsageError."""
     file = folder / CRL_FILE
-    if not file.exists():
-        return False
-    number = pki.read_serial(input_files.read_bytes(certificate), certificate)
-    return authority.load_crl(file).get_revoked_certificate_by_serial_number(number) is not None
+    return file.exists() and authority.load_crl(file).get_revoked_certificate_by_serial_number(serial) is not None
 
 
 def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str, ...]:
     """Add `serials` to the CRL, let the broker read it, and return the steps left to the operator.
 
-    Call it in a transaction of the fleet's store, so that one process at a time does it. Raises UsageError and
-    StorageError; the CRL is unchanged then.
+    One process at a time does it. Raises UsageError and StorageError; the CRL is unchanged then.
     """
+    with contextlib.ExitStack() as held:
+        try:
+            # A transaction would not do: on PostgreSQL those of two devices run at once.
+            held.enter_context(durable_files.lock(folder / "crl.lock"))
+        except OSError as error:
+            raise StorageError(f"{folder / 'crl.lock'}: cannot be opened: {error.strerror}") from error
+        return _add(folder, config, serials)
+
+
+def _add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str, ...]:
     assert config.ca is not None
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-    # The broker's folder may be unreadable for this user; the record is enough.
-    present = [path for path in (folder / CRL_FILE, folder / "broker" / CRL_FILE) if os.access(path, os.F_OK)]
-    editions = [authority.load_crl(path) for path in present]
     listed, copy, conf = folder / CRL_FILE, folder / "broker" / CRL_FILE, folder / "broker" / "mosquitto.conf"
+    # The broker's folder may be unreadable for this user; the record is enough.
+    editions = [authority.load_crl(path) for path in (listed, copy) if os.access(path, os.F_OK)]
     _write_crl(listed, authority.build_crl(editions, serials))
     steps = []
     try:
@@ -161,28 +167,25 @@ def change_access(folder: Path, config: FleetConfig, change: AccessChange, outco
             broker_control.end_session(config, change.client, authority)
             outcome.ended = True
     except (LinkDown, StorageError, UsageError) as error:
-        steps = (
-            f"The broker may still have its session: {error}. Repeat the command, or restart the broker.",
-            *steps,
-        )
+        steps = (f"The broker may still have its session: {error}. Repeat the command, or restart the broker.", *steps)
     outcome.steps = (*steps, *outcome.steps)
 
 
-def make_certificate_revoker(
-    folder: Path, config: FleetConfig, store: FleetStore, device: str, outcome: RevocationOutcome
-) -> Callable[[], None]:
-    """Return a function that revokes the certificates that `device` has now, and reports in `outcome`."""
-    serials = list_issued_serials(folder, device) if config.ca is not None else []
-    if config.ca is not None and not serials and any(owner == device for _, owner, *_ in store.enrolled_keys()):
+def replace_certificates(
+    folder: Path, config: FleetConfig, device: str, issue: Callable[[], None], outcome: RevocationOutcome
+) -> None:
+    """Revoke the certificates that `device` has before `issue` makes another one, and report in `outcome`.
+
+    Call it in a transaction, so that no renewal adds one meanwhile. Raises UsageError and StorageError.
+    """
+    serials = list_issued_serials(folder, device)
+    issue()
+    if serials:
+        outcome.steps = add(folder, config, serials)
+        outcome.certificates = [f"{serial:x}" for serial in serials]
+    else:
         problem = f"no copy of the former certificate of {device} is archived"
         outcome.problem = f"{problem}: it is not revoked, and still connects"
-
-    def revoke_certificates() -> None:
-        if serials:
-            outcome.steps = add(folder, config, serials)
-            outcome.certificates = [f"{serial:x}" for serial in serials]
-
-    return revoke_certificates
 
 
 def _has_valid_key(store: FleetStore, device: str) -> bool:

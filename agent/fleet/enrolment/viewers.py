@@ -13,7 +13,6 @@ from pathlib import Path
 
 from agent.errors import StorageError, UsageError
 from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import clients
 from agent.fleet.enrolment.clients import AddedClients
 from agent.fleet.enrolment.revocation import RevocationOutcome
@@ -68,7 +67,7 @@ def add_password(folder: Path, config: FleetConfig, name: str) -> AddedClients:
     return AddedClients([], [*steps, f"Watch: {watch}"], user, password)
 
 
-def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
+def revoke(folder: Path, config: FleetConfig, name: str) -> RevocationOutcome:
     """Shut a viewer out, at the viewers' broker too. Raises UsageError.
 
     The certificate comes first: it is revoked whatever state the viewers' broker is in.
@@ -76,10 +75,8 @@ def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> R
     user, broker = _check_name(name), ViewersBroker(folder, config)
     has_certificate = Path(clients.certificate_of(folder, user).cert_file).exists()
     is_inside = broker.has(user)
-    if has_certificate or not is_inside:
-        outcome = clients.revoke(folder, config, store, user)
-    else:
-        outcome = RevocationOutcome([], [])
+    revokes = has_certificate or not is_inside
+    outcome = clients.revoke(folder, config, user) if revokes else RevocationOutcome([], [])
     if not is_inside:
         return outcome
     try:

@@ -20,7 +20,6 @@ from typing import Any
 import msgspec
 
 from agent import durable_files, input_files
-from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrolment import broker_access, broker_config, broker_control, pki
@@ -177,11 +176,14 @@ class ViewersBroker:
         return self._change(user, [{"command": "deleteClient", "username": user}], None)
 
     def _change(self, user: str, commands: list[dict[str, Any]], stored: dict[str, Any] | None) -> list[str]:
+        assert self._config.broker_admin is not None
+        broker = self._config.broker_for(self._config.broker_admin)
+        broker = msgspec.structs.replace(broker, url=f"mqtts://{broker.host}:{self.ports[0]}")
         query = {"command": "getClient", "username": user}
         steps = []
         try:
             responses = [broker_control.RESPONSE_TOPIC]
-            with Link(self._admin_broker(), broker_access.ADMIN, subscribe=responses, timeout_s=_TIMEOUT_S) as link:
+            with Link(broker, broker_access.ADMIN, subscribe=responses, timeout_s=_TIMEOUT_S) as link:
                 reply = broker_control.find_reply(broker_control.request(link, [*commands, query]))
             if (reply is not None) != (stored is not None):
                 raise LinkDown("it did not make the change")
@@ -204,11 +206,6 @@ class ViewersBroker:
         document["clients"] = [client for client in document["clients"] if client["username"] != user]
         document["clients"] += [] if stored is None else [secret | stored]
         broker_control.write_access_file(path, document)
-
-    def _admin_broker(self) -> BrokerConfig:
-        assert self._config.broker_admin is not None
-        broker = self._config.broker_for(self._config.broker_admin)
-        return msgspec.structs.replace(broker, url=f"mqtts://{broker.host}:{self.ports[0]}")
 
 
 def hash_password(password: str) -> dict[str, Any]:

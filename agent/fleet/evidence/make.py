@@ -43,7 +43,7 @@ from agent.text import csv_text
 from agent.wire.keys import PublicKey, SigningKey
 
 _CSV_COLUMNS = [
-    *("started", "ended", "seconds", "state", "severity", "device", "task", "alert", "subject", "summary", "clock"),
+    *("started", "ended", "seconds", "state", "severity", "device", "task", "alert", "subject", "summary", "clock")
 ]
 
 
@@ -90,7 +90,9 @@ def write_folder(
             facts.bundles = bundles.gather(sources.fleet_dir, sources.bundles, signers, sources.evaluations, running)
             facts.omitted["bundles"] += facts.bundles.omitted
             queries = EvidenceQueries(store, db)
-            _write_messages(queries, MessageVerifier(store), writer, facts)
+            # The signed messages that the folder refers to, read and verified again.
+            messages = _iter_message_lines(queries, MessageVerifier(store), facts)
+            _write_parts(writer, "messages", messages, WRITE_LIMITS.part_messages)
             _write_chains(queries, writer, facts)
             if statements := [
                 RetentionRecord(payload.decode(), token) for payload, token in queries.stream_retention()
@@ -166,14 +168,6 @@ def _list_empty_files(facts: EvidenceFacts) -> set[str]:
     # A list without incidents is evidence as long as a message could have reported one.
     contents |= {"incidents.json": facts.message_count, "audit.json": facts.message_count}
     return {path for path, content in contents.items() if not content}
-
-
-def _write_messages(
-    queries: EvidenceQueries, verifier: MessageVerifier, writer: FolderWriter, facts: EvidenceFacts
-) -> None:
-    """Write the signed messages that the folder refers to, read and verified again, in files of bounded size."""
-    lines = _iter_message_lines(queries, verifier, facts)
-    _write_parts(writer, "messages", lines, WRITE_LIMITS.part_messages)
 
 
 def _write_chains(queries: EvidenceQueries, writer: FolderWriter, facts: EvidenceFacts) -> None:

@@ -56,12 +56,7 @@ class ExportReport(msgspec.Struct):
         return {"passed": self.passed, **msgspec.structs.asdict(self)}
 
 
-def check_export(
-    store: FleetStore,
-    folder: Path,
-    fleet: str,
-    collectors: Sequence[PublicKey],
-) -> ExportReport:
+def check_export(store: FleetStore, folder: Path, fleet: str, collectors: Sequence[PublicKey]) -> ExportReport:
     """Verify an export from the signed messages. Raises StorageError, and UsageError without a readable manifest.
 
     `collectors`: keys with which the manifest and retention statements are valid.
@@ -96,12 +91,7 @@ class _ChunkChecker:
     """Compares chunks with the messages of the database. `floors`: (device, log) → seq up to which messages went."""
 
     def __init__(
-        self,
-        store: FleetStore,
-        folder: Path,
-        manifest: Manifest,
-        floors: Mapping[LogId, int],
-        report: ExportReport,
+        self, store: FleetStore, folder: Path, manifest: Manifest, floors: Mapping[LogId, int], report: ExportReport
     ) -> None:
         self._store, self._folder, self._manifest, self._floors = store, folder, manifest, floors
         self._keyring, self._report = Keyring(store), report

@@ -56,7 +56,7 @@ class FleetAlertSource:
 
     def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
         now = clock.now_rfc3339()
-        loaded = (incidents.load_incident(self._store, _from_text(key), now=now) for key in keys)
+        loaded = (incidents.load_incident(self._store, decoders.from_json(key, IncidentKey), now=now) for key in keys)
         states = [self._to_state(incident) for incident in loaded if incident is not None]
         return {state.key: state for state in states}
 
@@ -124,8 +124,3 @@ def open_source(location: Path | str, fleet: str, *, needs_groups: bool) -> Iter
 
 def _to_text(key: IncidentKey) -> str:
     return json.dumps(key)
-
-
-def _from_text(text: str) -> IncidentKey:
-    source, device, log, identity = json.loads(text)
-    return source, device, log, identity

@@ -51,27 +51,17 @@ def build_families(
 ) -> Iterator[Metric]:
     """Yield all families; `fleet_alerts` are open alerts of the collector, `totals` None if they cannot be read."""
     known = [*devices]
-    yield from _build_fleet_families(fleet, known, fleet_alerts, totals, read_us, now_us)
     yield from _build_device_families(fleet, known, now_us)
     yield from _build_task_families(fleet, known)
     yield from _build_quality_families(fleet, known)
 
-
-def _build_fleet_families(
-    fleet: str,
-    devices: Iterable[DeviceState],
-    fleet_alerts: Iterable[Mapping[str, Any]],
-    totals: FleetTotals | None,
-    read_us: int,
-    now_us: int,
-) -> Iterator[Metric]:
     def gauge(name: str, help_text: str, samples: Mapping[str, float], label: str = "") -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, help_text, labels=(*_FLEET, label) if label else _FLEET)
         for value, number in samples.items():
             family.add_metric((fleet, value) if label else (fleet,), number)
         return family
 
-    counts = Counter(device.status(now_us) for device in devices)
+    counts = Counter(device.status(now_us) for device in known)
     severities = Counter(alert["severity"] for alert in fleet_alerts if not alert["device"])
     yield gauge("outstation_database_up", "1 if the fleet database could be read.", {"": float(totals is not None)})
     yield gauge("outstation_database_read_timestamp_seconds", "Time of these numbers.", {"": read_us / 1e6})

@@ -113,7 +113,7 @@ def write(
     order += [*([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
     if TIMESTAMP in edition.published_versions and not trust_clock:
         # With a clock behind the last signature, the expiry would be too early.
-        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
+        last = edition.timestamp.signed.expires - expiry.lifetime(TIMESTAMP)
         if now < last - REFRESH_INTERVAL:
             raise UsageError(
                 f"{layout.home}: this machine's clock says {now:%Y-%m-%d %H:%M}, before the last signature on "

@@ -42,8 +42,3 @@ def is_expiring_soon(role: str, expires: datetime, now: datetime) -> bool:
 
 def is_renewal_due(role: str, expires: datetime, now: datetime) -> bool:
     return expires - now < _RENEWAL_PERIODS.get(role, _RENEWAL_PERIODS[TARGETS])
-
-
-def signing_time(role: str, expires: datetime) -> datetime:
-    """Return the time at which metadata with this expiry was signed."""
-    return expires - lifetime(role)

@@ -58,7 +58,7 @@ def refresh_daily(folder: Path, now: datetime | None = None) -> RefreshResult | 
         keyring = RepositoryKeyring(layout.keys)
         current = edition.load(layout, root_rotation.load_next_root(layout))
         online = all(keyring.signers(current.keyids(role)) for role in (SNAPSHOT, TIMESTAMP))
-        signed = expiry.signing_time(TIMESTAMP, current.timestamp.signed.expires)
+        signed = current.timestamp.signed.expires - expiry.lifetime(TIMESTAMP)
         if not online or now - signed < REFRESH_INTERVAL:
             return None
         return _renew(layout, keyring, now)

@@ -78,64 +78,87 @@ def prune(
     logs: dict[str, list[tuple[str, int]]] = {}
     for device, log, last_seq in store.logs():
         logs.setdefault(device, []).append((log, last_seq))
+    run = _Pruning(store, fleet, key, before, clock.to_rfc3339(now_us), report)
     for device, own in logs.items():
         if device not in problems:
-            _prune_device(store, device, own, before, fleet, key, known.get(device), report, clock.to_rfc3339(now_us))
+            run.prune_device(device, own, known.get(device))
     return report
 
 
-def _prune_device(
-    store: FleetStore,
-    device: str,
-    logs: Sequence[tuple[str, int]],
-    before: Mapping[str, str],
-    fleet: str,
-    key: SigningKey | None,
-    last: PrunedDevice | None,
-    report: PruneReport,
-    now: str,
-) -> None:
-    for attempt in range(_MAX_ATTEMPTS):
-        plan = _make_plan(store, device, logs, before, last)
-        counts = _count(store, plan)
-        if not counts.messages and not any(counts.tables.values()):
-            return
-        if key is None:
-            report.devices.append(counts)
-            return
-        try:
-            removed = _remove(store, plan, counts, before, fleet, key, now)
-        except TransactionConflict:
-            if attempt == _MAX_ATTEMPTS - 1:
-                raise
-            continue
-        if isinstance(removed, str):
-            report.refused[device] = removed
-        else:
-            report.devices.append(msgspec.structs.replace(counts, removed=removed))
-        return
+class _Pruning(msgspec.Struct):
+    """A run; without a `key` a dry one. `before`: table → time before which its rows go."""
 
+    store: FleetStore
+    fleet: str
+    key: SigningKey | None
+    before: Mapping[str, str]
+    now: str
+    report: PruneReport
 
-def _make_plan(
-    store: FleetStore,
-    device: str,
-    logs: Sequence[tuple[str, int]],
-    before: Mapping[str, str],
-    last: PrunedDevice | None,
-) -> _Plan:
-    pruned_through = {} if last is None else {log.log: log.through for log in last.statement.logs}
-    floors = {} if last is None else last.statement.tables
-    messages = dict(pruned_through)
-    tables = {table: {pruned.log: pruned.through for pruned in floor} for table, floor in floors.items()}
-    for log, last_seq in logs:
-        for name, time in before.items():
-            target = messages if name == "messages" else tables.setdefault(name, {})
-            cut = pruning.find_cut(store, device, log, last_seq, target.get(log, 0), time)
-            if cut:
-                target[log] = cut
-    if RESULTS_TABLE in tables:
-        tables[DETAILS_TABLE] = dict(tables[RESULTS_TABLE])
-    return _Plan(device, messages, tables, last)
+    def prune_device(self, device: str, logs: Sequence[tuple[str, int]], last: PrunedDevice | None) -> None:
+        for attempt in range(_MAX_ATTEMPTS):
+            plan = self._make_plan(device, logs, last)
+            counts = _count(self.store, plan)
+            if not counts.messages and not any(counts.tables.values()):
+                return
+            if self.key is None:
+                self.report.devices.append(counts)
+                return
+            try:
+                removed = self._remove(plan, self.key)
+            except TransactionConflict:
+                if attempt == _MAX_ATTEMPTS - 1:
+                    raise
+                continue
+            if isinstance(removed, str):
+                self.report.refused[device] = removed
+            else:
+                self.report.devices.append(msgspec.structs.replace(counts, removed=removed))
+            return
+
+    def _make_plan(self, device: str, logs: Sequence[tuple[str, int]], last: PrunedDevice | None) -> _Plan:
+        messages = {} if last is None else {log.log: log.through for log in last.statement.logs}
+        floors = {} if last is None else last.statement.tables
+        tables = {table: {pruned.log: pruned.through for pruned in floor} for table, floor in floors.items()}
+        for log, last_seq in logs:
+            for name, time in self.before.items():
+                target = messages if name == "messages" else tables.setdefault(name, {})
+                cut = pruning.find_cut(self.store, device, log, last_seq, target.get(log, 0), time)
+                if cut:
+                    target[log] = cut
+        if RESULTS_TABLE in tables:
+            tables[DETAILS_TABLE] = dict(tables[RESULTS_TABLE])
+        return _Plan(device, messages, tables, last)
+
+    def _remove(self, plan: _Plan, key: SigningKey) -> int | str:
+        """Remove what a plan names; return the number of rows, or why everything stays."""
+        with self.store.snapshot():
+            audited, states, tables = audit_prefix(self.store, plan.device, plan.messages, plan.last)
+            if audited.invalid_count or audited.duplicates:
+                reason = audited.invalid[0]["reason"] if audited.invalid else "a message is stored twice"
+                return f"{audited.invalid_count} messages do not verify ({reason}); see `outstation fleet audit`"
+            alerts = pruning.load_open_alerts(self.store, plan.device, plan.messages)
+            width = len(ALERT_COLUMNS)
+            retained = [[*row[:width]] for row in alerts]
+            if not _are_former_alerts_intact(plan.last, retained):
+                return "an open alert whose message went was changed; see `outstation fleet audit`"
+            pruned_logs, stored = _describe_logs(self.store, plan, states)
+            pruned_tables = {
+                table: [
+                    PrunedTable(log, through, _past_rows(plan.last, table, log) + pruning.count_rows(
+                        self.store, table, plan.device, log, through))
+                    for log, through in sorted(logs.items())
+                ]
+                for table, logs in plan.tables.items()
+            }  # fmt: skip
+        state = msgspec.json.encode(PrunedState(states, tables, retained))
+        n = 1 if plan.last is None else plan.last.statement.n + 1
+        prev = "" if plan.last is None else statements.digest(plan.last.payload)
+        head = (self.fleet, plan.device, n, prev, self.now, dict(self.before))
+        payload, token = statements.sign(key, Statement(*head, pruned_logs, pruned_tables, statements.digest(state)))
+        retained_keys = frozenset((row[_LOG], row[_SEQ]) for row in retained)
+        row = StatementRow(plan.device, n, self.now, payload, token, state)
+        return pruning.remove(self.store, row, Removal(plan.messages, plan.tables, stored, retained_keys))
 
 
 def _count(store: FleetStore, plan: _Plan) -> PrunedCount:
@@ -146,45 +169,6 @@ def _count(store: FleetStore, plan: _Plan) -> PrunedCount:
         for table, logs in plan.tables.items()
     }
     return PrunedCount(device, messages, tables)
-
-
-def _remove(
-    store: FleetStore,
-    plan: _Plan,
-    counts: PrunedCount,
-    before: Mapping[str, str],
-    fleet: str,
-    key: SigningKey,
-    now: str,
-) -> int | str:
-    """Remove what a plan names; return the number of rows, or why everything stays."""
-    with store.snapshot():
-        audited, states, tables = audit_prefix(store, plan.device, plan.messages, plan.last)
-        if audited.invalid_count or audited.duplicates:
-            reason = audited.invalid[0]["reason"] if audited.invalid else "a message is stored twice"
-            return f"{audited.invalid_count} messages do not verify ({reason}); see `outstation fleet audit`"
-        alerts = pruning.load_open_alerts(store, plan.device, plan.messages)
-        width = len(ALERT_COLUMNS)
-        retained = [[*row[:width]] for row in alerts]
-        if not _are_former_alerts_intact(plan.last, retained):
-            return "an open alert whose message went was changed; see `outstation fleet audit`"
-        pruned_logs, stored = _describe_logs(store, plan, states)
-        pruned_tables = {
-            table: [
-                PrunedTable(log, through, _past_rows(plan.last, table, log) + pruning.count_rows(
-                    store, table, plan.device, log, through))
-                for log, through in sorted(logs.items())
-            ]
-            for table, logs in plan.tables.items()
-        }  # fmt: skip
-    state = msgspec.json.encode(PrunedState(states, tables, retained))
-    n = 1 if plan.last is None else plan.last.statement.n + 1
-    prev = "" if plan.last is None else statements.digest(plan.last.payload)
-    head = (fleet, plan.device, n, prev, now, dict(before))
-    payload, token = statements.sign(key, Statement(*head, pruned_logs, pruned_tables, statements.digest(state)))
-    retained_keys = frozenset((row[_LOG], row[_SEQ]) for row in retained)
-    row = StatementRow(plan.device, n, now, payload, token, state)
-    return pruning.remove(store, row, Removal(plan.messages, plan.tables, stored, retained_keys))
 
 
 def _describe_logs(

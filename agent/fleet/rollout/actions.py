@@ -6,7 +6,8 @@ transaction; after a crash in between, the next process that publishes sends it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import RolloutPlan
 from agent.fleet.rollout.promotion import StepVerdict
 from agent.wire import topics
-from agent.wire.desired_state import DesiredBundle
+from agent.wire.desired_state import DesiredBundle, rollout_bucket
 from agent.wire.jws import digest
 from agent.wire.keys import SigningKey
 
@@ -51,7 +52,7 @@ def start(
     """
     topic = plan.desired_topic(operator.fleet)
     _require_new(db, plan, str(topic))
-    require_reachable(db, plan)
+    _require_reachable(db, plan)
     if plan.deadline is not None and clock.parse_rfc3339(plan.deadline) <= operator.now_us:
         raise UsageError(f"roll-out {plan.name}: its deadline {plan.deadline} has passed; set a later one")
     if force_reason is None:
@@ -188,21 +189,30 @@ def _require_new(db: Connection, plan: RolloutPlan, topic: str) -> None:
             )
 
 
-def require_reachable(db: Connection, plan: RolloutPlan) -> None:
-    """Raise UsageError if a step selects fewer devices than must report: it would wait for ever."""
+def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
+    """Raise UsageError if a step can never end. Of a group any number of devices may come."""
     kind, _, target = plan.target.partition(":")
-    if kind == "group":
-        return
-    known = [device for device in rollouts.list_active_devices(db) if kind == "all" or device == target]
-    if not known:
+    if kind != "group":
+        enrolled = rollouts.list_active_devices(db)
+        require_selection(plan, [device for device in enrolled if kind == "all" or device == target])
+
+
+def require_selection(plan: RolloutPlan, members: Sequence[str]) -> None:
+    """Raise UsageError if a step selects fewer of the target's devices than must report: it would wait for ever."""
+    if not members:
         raise UsageError(f"roll-out {plan.name}: target {plan.target} matches no enrolled device")
+    ranks = sorted(rollout_bucket(plan.name, device) for device in members)
     for number, step in enumerate(plan.steps, 1):
-        selected = sum(plan.desired_for_step(number).includes_device(device) for device in known)
-        if selected < step.promote.min_devices:
+        selected = sum(plan.desired_for_step(number).includes_device(device) for device in members)
+        needed = step.promote.min_devices
+        if selected < needed:
+            fix = f"lower min_devices to {len(ranks)} or less"
+            if needed <= len(ranks):
+                # The selection follows from the names, so a share of few devices can be none of them.
+                fix = f"percent = {math.floor(100 * ranks[needed - 1]) + 1} selects {needed}"
             raise UsageError(
-                f"roll-out {plan.name}, step {number} ({step.label}): selects {selected} of {len(known)} enrolled "
-                f"devices, but {step.promote.min_devices} must report, so it would wait for ever; raise percent "
-                "or lower min_devices"
+                f"roll-out {plan.name}, step {number} ({step.label}): selects {selected} of {len(ranks)} enrolled "
+                f"devices, but {needed} must report, so it would wait for ever; {fix}"
             )
 
 

@@ -270,9 +270,9 @@ def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesB
     lacking = [
         device for device in able if device.phase != "active" and batches.get(device.device, 0) < promote.min_batches
     ]
-    # Only responding members of a group are known, so its size is not.
-    is_group = rollout.plan.target.startswith("group:")
-    needed = promote.min_devices if is_group else min(promote.min_devices, len(joining))
+    # Only responding members of a group are known. Those of a step that widens another one responded to that one.
+    is_unknown = rollout.plan.target.startswith("group:") and len(joining) == len(devices.selected)
+    needed = promote.min_devices if is_unknown else min(promote.min_devices, len(joining))
     described = [_describe_progress(device, batches.get(device.device, 0), promote) for device in lacking]
     return max(1, needed), len(able) - len(lacking), described
 

@@ -190,11 +190,7 @@ class _Matcher:
     """Tells which events explain an alert."""
 
     def __init__(
-        self,
-        scenario: Scenario,
-        outcome: Outcome,
-        alerts: Sequence[RaisedAlert],
-        rolled: Sequence[Mapping[str, Any]],
+        self, scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert], rolled: Sequence[Mapping[str, Any]]
     ) -> None:
         self._scenario, self._outcome = scenario, outcome
         self._rolled = {entry["event"]: entry for entry in rolled}

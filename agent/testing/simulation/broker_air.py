@@ -5,29 +5,21 @@ It has the members of `LossyBroker` that a simulation uses. The faults are on th
 
 from __future__ import annotations
 
-import random
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
-from agent.testing.simulation.lossy_link import LinkConditions
+from agent.testing.simulation.lossy_link import FaultyNetwork, LinkConditions
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 
 
-class BrokerAir:
-    """All links to a broker. `clock_s` is simulated time; `on_due` is called with a client that has something to read.
-
-    `client_conditions`, `offline` and `published` are as in `LossyBroker`.
-    """
+class BrokerAir(FaultyNetwork):
+    """All links to a broker."""
 
     def __init__(self, seed: int, conditions: LinkConditions) -> None:
-        self.rng, self.conditions, self.clock_s = random.Random(seed), conditions, 0.0
-        self.client_conditions: dict[str, LinkConditions] = {}
-        self.offline: set[str] = set()
-        self.published: list[OutgoingMessage] = []
-        self.on_due: Callable[[str, float], object] = lambda client, due_s: None
+        super().__init__(seed, conditions)
         self._links: dict[str, FaultyLink] = {}
         self._poll = select.poll()
         self._clients: dict[int, str] = {}
@@ -75,16 +67,6 @@ class BrokerAir:
     def close(self) -> None:
         for link in [*self._links.values()]:
             link.close()
-
-    def happens(self, probability: float) -> bool:
-        return probability > 0 and self.rng.random() < probability
-
-    def conditions_of(self, client: str) -> LinkConditions:
-        return self.client_conditions.get(client, self.conditions)
-
-    def delivery_time(self, client: str) -> float:
-        delay_s = self.conditions_of(client).delay_s
-        return self.clock_s + (self.rng.uniform(0, delay_s) if delay_s else 0.0)
 
 
 class FaultyLink:

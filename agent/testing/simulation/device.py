@@ -140,10 +140,7 @@ class SimulatedDevice:
             self._store.begin_simulation()
             self._simulate_disk()
             self._daemon = build_daemon(
-                *(file, self._conf, self._store),
-                now=self._room.read,
-                open_sink=self._open_sink,
-                host=self._models,
+                *(file, self._conf, self._store), now=self._room.read, open_sink=self._open_sink, host=self._models
             )
             # This machine's temperature is not the device's.
             self._daemon.throttle = Throttle(self._conf.throttle, self.home / "no-sensors")

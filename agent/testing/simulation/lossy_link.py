@@ -15,14 +15,7 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.errors import LinkDown
-from agent.transport.packets import (
-    NO_SUBSCRIBERS,
-    SEALED,
-    IncomingMessage,
-    OutgoingMessage,
-    PublishReceipt,
-    decompress,
-)
+from agent.transport.packets import NO_SUBSCRIBERS, SEALED, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
 from agent.wire.topics import topic_matches
 
 T = TypeVar("T")
@@ -64,23 +57,40 @@ class _Mailbox(msgspec.Struct):
         return any(topic_matches(pattern, topic) for pattern in self.filters)
 
 
-class LossyBroker:
-    """The broker and the clock. `reason_code` decides about a message; `tick_callbacks` run while a link waits.
+class FaultyNetwork:
+    """Conditions of all links to a broker, in simulated time `clock_s`.
 
     `client_conditions` are those of single clients, and `offline` the clients without a network. `on_due` is called
     with a client and the time at which its link has something to receive.
     """
 
-    def __init__(self, seed: int, conditions: LinkConditions, *, window: int = 100, max_packet: int = 1 << 20) -> None:
-        self.rng = random.Random(seed)
-        self.conditions, self.window, self.max_packet = conditions, window, max_packet
-        self.clock_s = 1000.0
+    def __init__(self, seed: int, conditions: LinkConditions) -> None:
+        self.rng, self.conditions, self.clock_s = random.Random(seed), conditions, 0.0
         self.client_conditions: dict[str, LinkConditions] = {}
         self.offline: set[str] = set()
+        self.published: list[OutgoingMessage] = []
         self.on_due: Callable[[str, float], object] = lambda client, due_s: None
+
+    def happens(self, probability: float) -> bool:
+        return probability > 0 and self.rng.random() < probability
+
+    def conditions_of(self, client: str) -> LinkConditions:
+        """Return the conditions of a client's link."""
+        return self.client_conditions.get(client, self.conditions)
+
+    def delivery_time(self, client: str) -> float:
+        delay_s = self.conditions_of(client).delay_s
+        return self.clock_s + (self.rng.uniform(0, delay_s) if delay_s else 0.0)
+
+
+class LossyBroker(FaultyNetwork):
+    """The broker and the clock. `reason_code` decides about a message; `tick_callbacks` run while a link waits."""
+
+    def __init__(self, seed: int, conditions: LinkConditions, *, window: int = 100, max_packet: int = 1 << 20) -> None:
+        super().__init__(seed, conditions)
+        self.window, self.max_packet, self.clock_s = window, max_packet, 1000.0
         self.tick_callbacks: list[Callable[[], object]] = []
         self.reason_code: Callable[[OutgoingMessage], int] = lambda _: 0
-        self.published: list[OutgoingMessage] = []
         self.connects: Counter[str] = Counter()
         self.max_in_flight: dict[str, int] = {}
         self._mailboxes: dict[str, _Mailbox] = {}
@@ -173,23 +183,12 @@ class LossyBroker:
                 del self._mailboxes[mailbox.client]
             self._receivers.clear()
 
-    def happens(self, probability: float) -> bool:
-        return probability > 0 and self.rng.random() < probability
-
-    def conditions_of(self, client: str) -> LinkConditions:
-        """Return the conditions of a client's link."""
-        return self.client_conditions.get(client, self.conditions)
-
     def set_offline(self, client: str, *, is_offline: bool) -> None:
         """Cut a client's network, or restore it. The broker publishes its Will."""
         (self.offline.add if is_offline else self.offline.discard)(client)
         box = self._mailboxes.get(client)
         if is_offline and box is not None and box.link is not None:
             box.link.disconnect("no network")
-
-    def delivery_time(self, client: str) -> float:
-        delay_s = self.conditions_of(client).delay_s
-        return self.clock_s + (self.rng.uniform(0, delay_s) if delay_s else 0.0)
 
     def _delivery(self, message: OutgoingMessage, *, retained: bool) -> IncomingMessage:
         self._message_id += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,23 +49,25 @@ class Operator:
         self._home, self._fleet, self._air, self._broker = home, config.fleet.name, air, broker
         self.public_keys = load_trusted_keys(config)
         self.refusals: dict[str, str] = {}
-        self._store, self.prepared = store, dict[str, PreparedRollout]()
+        self.prepared: dict[str, PreparedRollout] = {}
         air.client_conditions[_CLIENT] = LinkConditions()
         key = keys.load_private(home / "operator.key")
         self._publisher = RolloutPublisher(store, self._fleet, home, key, self._connect)
         follower = RolloutPublisher(store, self._fleet, home, key, self._connect, role="follow")
         self._controller = RolloutController(follower, None, log.info)
 
-    def prepare(self, event: Rollout) -> None:
-        """Read plan and bundle of a roll-out that starts later. Raises UsageError, ConfigError, BadBundle."""
+    def prepare(self, event: Rollout, devices: Sequence[str]) -> None:
+        """Read plan and bundle of a roll-out of `devices` that starts later.
+
+        Raises UsageError, ConfigError, BadBundle.
+        """
         file = plan.read(Path(event.plan))
         bundle = bundles.read_bundle(file)
         assert bundle is not None
         resolved = bundles.resolve(file, bundle, self._home)
         if any(resolved.name == other.plan.name for other in self.prepared.values()):
             raise UsageError(f"{event.plan}: rollout.name: {resolved.name!r} is the name of another roll-out, too")
-        with self._store.snapshot() as db:
-            actions.require_reachable(db, resolved)
+        actions.require_selection(resolved, devices)
         self.prepared[event.plan] = PreparedRollout(resolved, bundle)
 
     def start(self, event: Rollout, homes: Iterable[Path]) -> None:

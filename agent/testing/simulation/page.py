@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from agent.render import html
 from agent.render.templates import create_environment
-from agent.text import format_span
+from agent.text import format_span, list_names
 
 _MAX_ROWS, _MAX_NAMES, _MAX_TICKS = 200, 3, 8
 # Seconds between ticks of the time axis.
@@ -17,7 +18,8 @@ _TICK_STEPS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200
 _DURATIONS = frozenset({"ahead", "behind", "over", "delay"})
 # On a phone each row of a table is a block, and the name of an event stands above its bar.
 _CSS = (
-    "td:first-child,.device{white-space:nowrap}.timeline{margin-right:24px}.event{display:grid;gap:0 14px;"
+    "td:first-child,.device{white-space:nowrap}td:nth-child(2){min-width:150px}"
+    ".timeline{margin-right:24px}.event{display:grid;gap:0 14px;"
     "grid-template-columns:minmax(0,230px) minmax(0,1fr);align-items:center;font-size:13px;overflow-wrap:anywhere}"
     ".track{position:relative;height:28px;print-color-adjust:exact}.track>*{position:absolute}"
     ".track i{top:0;bottom:0;width:1px;background:var(--grid)}.bar{top:8px;height:12px;border-radius:3px;min-width:3px;"
@@ -35,8 +37,8 @@ def render(report: Mapping[str, Any]) -> str:
     """Return a self-contained page of a report (`agent.testing.simulation.report`)."""
     environment = create_environment(Path(__file__).parent)
     environment.filters.update(
-        span=_short_span, devices=_name_devices, settings=_format_settings, device_groups=_group_devices,
-        number=lambda n: f"{n:,}",
+        span=_short_span, settings=_format_settings, device_groups=_group_devices, number=lambda n: f"{n:,}",
+        devices=lambda names: list_names(names, _MAX_NAMES) or "the collector",
     )  # fmt: skip
     # Numbers are those of the scenario.
     numbered = enumerate(report["events"][:_MAX_ROWS], 1)
@@ -44,12 +46,16 @@ def render(report: Mapping[str, Any]) -> str:
     expected = [event for event in report["events"] if event["expects"]]
     answered = sum(len(event["found"]) for event in expected)
     alarms = report["false_alarms"]
+    rolled = report["rollouts"]
+    answers = {
+        "expected and found": (answered, sum(len(event["devices"]) or 1 for event in expected)),
+        "roll-outs as expected": (sum(rollout["passed"] for rollout in rolled), len(rolled)),
+    }
     tiles = {
-        "expected and found": f"{answered} of {sum(len(event['devices']) or 1 for event in expected)}",
+        **{name: f"{n} of {whole}" for name, (n, whole) in answers.items() if whole},
         f"false alarms, budget {alarms['budget']}": f"{alarms['n']}",
         "audit": "passed" if report["audit"]["passed"] else "failed",
         "messages": f"{report['messages']:,}",
-        "messages a second": f"{report['messages_per_second']:,.0f}",
         "peak memory": f"{report['peak_bytes'] / 2**20:,.0f} MiB",
     }
     chart = _build_timeline(events, max(float(report["simulated_seconds"]), 1.0))
@@ -59,7 +65,12 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _format_settings(event: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items())
+    settings = [f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items()]
+    # A roll-out ends by its rules.
+    lasts = (
+        [] if "outcome" in event else ["to the end" if event["lasts"] is None else f"for {_short_span(event['lasts'])}"]
+    )
+    return ", ".join(lasts + settings)
 
 
 def _format_setting(name: str, value: Any) -> str:
@@ -75,14 +86,14 @@ def _short_span(seconds: float) -> str:
     return format_span(seconds).removesuffix(" 00 s").removesuffix(" 00 min")
 
 
-def _name_devices(devices: list[str]) -> str:
-    rest = len(devices) - _MAX_NAMES
-    return (", ".join(devices[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")) or "the collector"
-
-
 def _group_devices(devices: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for the devices that run the same version after the same phases, the smallest group first."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    # A device reports a phase again when its step changes.
+    devices = [
+        {**device, "phases": [next(same) for _, same in groupby(device["phases"], lambda each: each["phase"])]}
+        for device in devices
+    ]
     for device in devices:
         groups.setdefault((device["runs"], *(each["phase"] for each in device["phases"])), []).append(device)
     rows = []
@@ -108,7 +119,7 @@ def _build_timeline(events: list[tuple[int, Mapping[str, Any]]], whole_s: float)
         begin = percent(event["at"])
         end = percent(event["at"] + event["lasts"]) if event["lasts"] is not None else 100.0
         devices = event["devices"]
-        where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
+        where = f"{len(devices)} devices" if len(devices) > 1 else "".join(devices) or "the collector"
         row = {"name": f"{number} {event['kind']} {where}", "missed": event["missed"]}
         # One dot for all devices that no eye could tell apart.
         dots: dict[tuple[float, str], str] = {}

@@ -12,7 +12,7 @@ from agent.testing.simulation import attribution, rollouts
 from agent.testing.simulation.attribution import Attribution
 from agent.testing.simulation.runner import Outcome
 from agent.testing.simulation.scenario import Scenario
-from agent.text import pluralize
+from agent.text import list_names, pluralize
 
 _MAX_ALERTS, _MAX_NAMES = 10_000, 8
 # Members of an event that are not in its `settings`.
@@ -39,6 +39,7 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
     return {
         "passed": not problems,
         "problems": problems,
+        "warnings": _list_rejections(outcome, whole=False),
         "seed": scenario.seed,
         "devices": len(outcome.devices),
         "simulated_seconds": round(outcome.simulated_s, 1),
@@ -75,17 +76,23 @@ def _list_problems(
         if not rollout["passed"]
     ]
     if outcome.undelivered:
-        names = ", ".join(outcome.undelivered[:_MAX_NAMES]) + (" …" if len(outcome.undelivered) > _MAX_NAMES else "")
+        names = list_names(outcome.undelivered, _MAX_NAMES)
         problems.append(f"Messages of {pluralize(len(outcome.undelivered), 'device')} were not delivered: {names}.")
     # A run without rows or labels tests nothing of what it was made for.
+    return problems + _list_rejections(outcome, whole=True)
+
+
+def _list_rejections(outcome: Outcome, *, whole: bool) -> list[str]:
+    """Return a sentence for each stream and task of which devices rejected all rows or labels, or else some."""
     sent = [("row", "stream", outcome.rows), ("label", "task", outcome.labels)]
-    problems += [
-        f"Devices rejected all {pluralize(tally.rejected, noun)} of {kind} {name}: {tally.reason}."
+    return [
+        f"Devices rejected {'all' if whole else f'{tally.rejected} of'} "
+        f"{pluralize(tally.accepted + tally.rejected, noun)} of {kind} {name}{'' if whole else ', the first'}: "
+        f"{tally.reason}."
         for noun, kind, tallies in sent
         for name, tally in sorted(tallies.items())
-        if tally.rejected and not tally.accepted
+        if tally.rejected and (not tally.accepted) == whole
     ]
-    return problems
 
 
 def _describe(number: int, outcome: Outcome, attributed: Attribution) -> dict[str, Any]:

@@ -114,13 +114,7 @@ class Simulation:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        scenario: Scenario,
-        setup: Setup,
-        *,
-        broker: str | None = None,
-        speed: float | None = None,
+        self, folder: Path, scenario: Scenario, setup: Setup, *, broker: str | None = None, speed: float | None = None
     ) -> None:
         self.folder, self.home, self._scenario, self._setup = folder, folder / "fleet", scenario, setup
         self.progress: Progress = lambda *_: None
@@ -139,12 +133,10 @@ class Simulation:
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._start_s: dict[str, float] = {}
-        self._uplink_due: dict[str, float] = {}
-        self._daemon_due: dict[str, float] = {}
-        self._collector_due_s = float("inf")
+        # Turn of a machine, with its name → when it is due.
+        self._due: dict[tuple[Any, ...], float] = {}
         self._models = SharedModels()
         self._operator: Operator | None = None
-        self._operator_due_s = float("inf")
         self._names = scenario.device_names()
         self._labels = LabelSource(scenario, setup)
         self._store: FleetStore | None = None
@@ -243,6 +235,10 @@ class Simulation:
         self._store = store = FleetStore(self.database)
         key = keys.load_private(self.home / "collector.key")
         self._collector = Collector(self._fleet, self._broker, store, key, encryption_keys=EncryptionKeys(self.home))
+        self._operator = Operator(self.home, fleet, store, self.air, self._broker)
+        for event in self._scenario.events:
+            if isinstance(event, Rollout):
+                self._operator.prepare(event, self._scenario.select(event, self._names))
         for number, (name, group) in enumerate(self._names.items()):
             home = enrol_on_this_machine(self.home, fleet, store, name, self.folder / "devices" / name)
             file = home / "outstation.toml"
@@ -255,14 +251,11 @@ class Simulation:
             self._start_s[name] = start_s
             self._at(start_s, partial(self._start, name))
             self._report_progress()
-        self._operator = Operator(self.home, fleet, store, self.air, self._broker)
         for event in self._scenario.events:
-            if isinstance(event, Rollout):
-                self._operator.prepare(event)
             self._at(event.at, partial(self._apply, event, begins=True))
             if event.lasts is not None:
                 self._at(event.end_s, partial(self._apply, event, begins=False))
-        self._schedule_collector(0.0)
+        self._schedule(0.0, self._turn_collector)
 
     def _make_feeds(self, name: str, number: int, start_s: float) -> dict[str, Feed]:
         feeds = {}
@@ -338,11 +331,8 @@ class Simulation:
     def _record_published(self) -> None:
         published = self.air.published
         for message in published:
-            for part in (
-                message.topic.encode(),
-                message.payload,
-                *(f"{k}={v}".encode() for k, v in message.properties),
-            ):
+            properties = (f"{name}={value}".encode() for name, value in message.properties)
+            for part in (message.topic.encode(), message.payload, *properties):
                 self._digest.update(len(part).to_bytes(4, "big") + part)
         self.messages += len(published)
         published.clear()
@@ -351,8 +341,8 @@ class Simulation:
         device = self.devices[name]
         device.start()
         boot = device.machine.boot
-        self._schedule_daemon(name, self.room.now_s)
-        self._schedule_uplink(name, self.room.now_s)
+        self._schedule(self.room.now_s, self._turn_daemon, name)
+        self._schedule(self.room.now_s, self._turn_uplink, name)
         # Not all in the same moment: a real fleet does not, either.
         self._at(self.room.now_s + self._starts.random(), lambda: self._turn_feed(name, boot))
 
@@ -362,54 +352,41 @@ class Simulation:
             return
         device.commit_rows()
         if device.wants_tick:
-            self._schedule_daemon(name, self.room.now_s)
+            self._schedule(self.room.now_s, self._turn_daemon, name)
         self._at(self.room.now_s + device.commit_interval_s, lambda: self._turn_feed(name, boot))
 
-    def _schedule_daemon(self, name: str, due_s: float) -> None:
-        if due_s < self._daemon_due.get(name, float("inf")):
-            self._daemon_due[name] = due_s
-            self._at(due_s, lambda: self._turn_daemon(name, due_s))
+    def _schedule(self, due_s: float, turn: Callable[..., None], *names: str) -> None:
+        """Let a turn of a machine run at a moment, in place of a later one that was scheduled."""
+        if due_s < self._due.get((turn, *names), float("inf")):
+            self._due[turn, *names] = due_s
+            self._at(due_s, lambda: self._run_turn(due_s, turn, *names))
 
-    def _turn_daemon(self, name: str, due_s: float) -> None:
-        if self._daemon_due.get(name) != due_s:
-            return
-        del self._daemon_due[name]
+    def _run_turn(self, due_s: float, turn: Callable[..., None], *names: str) -> None:
+        if self._due.get((turn, *names)) == due_s:
+            del self._due[turn, *names]
+            turn(*names)
+
+    def _turn_daemon(self, name: str) -> None:
         device = self.devices[name]
         if device.is_on:
             # At least a millisecond, so that a daemon with more to do lets the others run.
-            self._schedule_daemon(name, self.room.now_s + max(0.001, device.tick()))
+            self._schedule(self.room.now_s + max(0.001, device.tick()), self._turn_daemon, name)
 
-    def _schedule_uplink(self, name: str, due_s: float) -> None:
-        if due_s < self._uplink_due.get(name, float("inf")):
-            self._uplink_due[name] = due_s
-            self._at(due_s, lambda: self._turn_uplink(name, due_s))
-
-    def _turn_uplink(self, name: str, due_s: float) -> None:
-        if self._uplink_due.get(name) != due_s:
-            return
-        del self._uplink_due[name]
+    def _turn_uplink(self, name: str) -> None:
         device = self.devices[name]
         if device.is_on:
             wait_s = device.turn_uplink()
-            self._schedule_uplink(name, self.room.now_s + (wait_s or _IDLE_S))
+            self._schedule(self.room.now_s + (wait_s or _IDLE_S), self._turn_uplink, name)
             if device.wants_tick:
-                self._schedule_daemon(name, self.room.now_s)
+                self._schedule(self.room.now_s, self._turn_daemon, name)
 
     def _on_due(self, client: str, due_s: float) -> None:
         if client == _COLLECTOR:
-            self._schedule_collector(max(due_s, self.room.now_s + _COLLECT_S))
+            self._schedule(max(due_s, self.room.now_s + _COLLECT_S), self._turn_collector)
         elif client in self.devices and self.devices[client].is_connected:
-            self._schedule_uplink(client, max(due_s, self.room.now_s))
+            self._schedule(max(due_s, self.room.now_s), self._turn_uplink, client)
 
-    def _schedule_collector(self, due_s: float) -> None:
-        if due_s < self._collector_due_s:
-            self._collector_due_s = due_s
-            self._at(due_s, lambda: self._turn_collector(due_s))
-
-    def _turn_collector(self, due_s: float) -> None:
-        if self._collector_due_s != due_s:
-            return
-        self._collector_due_s = float("inf")
+    def _turn_collector(self) -> None:
         assert self._collector is not None
         try:
             if self._collector_link is None:
@@ -420,7 +397,7 @@ class Simulation:
         except LinkDown:
             self._collector.acknowledger.requeue_in_flight()
             self._collector_link = None
-        self._schedule_collector(self.room.now_s + _IDLE_S)
+        self._schedule(self.room.now_s + _IDLE_S, self._turn_collector)
 
     def _connect_collector(self) -> Any:
         names = {} if isinstance(self.air, LossyBroker) else {"client_id": client_id(self._fleet, None)}
@@ -431,18 +408,12 @@ class Simulation:
         assert self._operator is not None
         names = self._scenario.select(event, self._names)
         self._operator.start(event, [self.devices[name].home for name in names])
-        self._schedule_operator(self.room.now_s)
-
-    def _schedule_operator(self, due_s: float) -> None:
-        if due_s < self._operator_due_s:
-            self._operator_due_s = due_s
-            self._at(due_s, self._turn_operator)
+        self._schedule(self.room.now_s, self._turn_operator)
 
     def _turn_operator(self) -> None:
-        self._operator_due_s = float("inf")
         assert self._operator is not None
         if self._operator.follow():
-            self._schedule_operator(self.room.now_s + FOLLOW_S)
+            self._schedule(self.room.now_s + FOLLOW_S, self._turn_operator)
 
     # --- events ---
 
@@ -478,8 +449,8 @@ class Simulation:
         device = self.devices[name]
         if begins and device.is_on:
             device.cut_power()
-            self._uplink_due.pop(name, None)
-            self._daemon_due.pop(name, None)
+            for turn in (self._turn_uplink, self._turn_daemon):
+                self._due.pop((turn, name), None)
         if not device.is_on and (not begins or event.lasts is None):
             self._start(name)
 

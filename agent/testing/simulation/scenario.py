@@ -16,13 +16,13 @@ from agent.config.sources import ReplayFault
 from agent.config.streams import NO_STREAM
 from agent.config.tasks import NO_TASK
 from agent.device.store.clock_segments import STEP_US
-from agent.device.store.rows import T_MAX_S
 from agent.errors import ConfigError
 from agent.fleet.incidents.conditions import UNSEEN_LIMIT_S, silence_limit_s
 from agent.fleet.incidents.monitor import POLL_INTERVAL_S
 from agent.fleet.rollout import plan as plans
 from agent.names import is_name
 from agent.testing.simulation.lossy_link import LinkConditions, Share
+from agent.text import format_span
 from agent.toml_files import Section, did_you_mean
 
 MAX_DEVICES = 10_000
@@ -85,7 +85,6 @@ class SensorFault(Event, frozen=True, kw_only=True):
     stream: str = ""
     amount: float = 0.0
     over: Duration = Duration(0.0)
-    neutral_amount: ClassVar[float | None] = None
     default_expect: ClassVar[tuple[str, ...]] = _SENSOR_ALERTS
 
     @property
@@ -106,12 +105,7 @@ class SensorFault(Event, frozen=True, kw_only=True):
         for name in self.fields:
             if name not in known:
                 raise ConfigError(file, f"{key}.fields", f"no field {name!r}{did_you_mean(name, known)}")
-        if self.kind == "swap" and len(set(self.fields)) != 2:
-            raise ConfigError(file, f"{key}.fields", f"swap needs two fields, not {len(set(self.fields))}")
-        if self.kind in ("quantize", "saturate", "noise") and not self.amount > 0:
-            raise ConfigError(file, f"{key}.amount", f"{self.kind} needs an amount above 0")
-        if self.amount == self.neutral_amount:
-            raise ConfigError(file, f"{key}.amount", f"{self.kind} by {self.amount:g} changes nothing; give an amount")
+        self.fault.check(file, key)
 
 
 class Gain(SensorFault, frozen=True, kw_only=True, tag_field="kind", tag="gain"):
@@ -120,13 +114,10 @@ class Gain(SensorFault, frozen=True, kw_only=True, tag_field="kind", tag="gain")
     amount: float = 1.0
     # Again, since reports list keys in the order of their definition.
     over: Duration = Duration(0.0)
-    neutral_amount: ClassVar[float | None] = 1.0
 
 
 class Offset(SensorFault, frozen=True, tag_field="kind", tag="offset"):
     """Readings plus `amount`."""
-
-    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Stuck(SensorFault, frozen=True, tag_field="kind", tag="stuck"):
@@ -150,8 +141,6 @@ class Missing(SensorFault, frozen=True, tag_field="kind", tag="missing"):
 
 class Spikes(SensorFault, frozen=True, tag_field="kind", tag="spikes"):
     """One reading in a hundred is higher by `amount`."""
-
-    neutral_amount: ClassVar[float | None] = 0.0
 
 
 class Saturate(SensorFault, frozen=True, tag_field="kind", tag="saturate"):
@@ -309,6 +298,11 @@ class Scenario(Section, frozen=True, kw_only=True):
     def start_us(self) -> int:
         return clock.parse_rfc3339(self.start)
 
+    @property
+    def stop_s(self) -> float:
+        """Latest time of the run, in seconds since 1970."""
+        return self.start_us / 1e6 + self.duration + self.drain
+
     def device_names(self) -> dict[str, str]:
         """Return the group of each device, by its name."""
         names: dict[str, str] = {}
@@ -332,12 +326,14 @@ class Scenario(Section, frozen=True, kw_only=True):
 def load(
     file: Path,
     fields: dict[str, list[str]],
-    tasks: Sequence[str],
+    tasks: Mapping[str, float],
     devices: int | None = None,
     groups: Sequence[str] = (),
     optional: Mapping[str, Collection[str]] | None = None,
 ) -> Scenario:
-    """Read a scenario; `fields` by stream, names of `tasks` and `groups` of the config. Raises ConfigError.
+    """Read a scenario; `fields` by stream, `groups` of the config. Raises ConfigError.
+
+    `tasks`: least seconds between two batches by name, 0 if unknown.
 
     `devices` replaces the number of devices of the only group. `optional`: by stream, if known.
     """
@@ -363,7 +359,7 @@ def load(
 
 
 def _resolve_rollout(
-    scenario: Scenario, file: Path, key: str, event: Rollout, tasks: Sequence[str], groups: Sequence[str]
+    scenario: Scenario, file: Path, key: str, event: Rollout, tasks: Mapping[str, float], groups: Sequence[str]
 ) -> Rollout:
     """Return a roll-out with its task and the devices that its plan selects. Raises ConfigError."""
     if event.devices or event.group or event.lasts is not None or event.task:
@@ -388,13 +384,20 @@ def _resolve_rollout(
     if name not in known:
         problem = f"no {kind} {name!r} in the scenario{did_you_mean(name, known)}"
         raise plan.config_error("rollout.target", problem)
+    least_s, left_s = 3600 * draft.least_hours(tasks[draft.task]), scenario.duration - event.at
+    if event.ends == "completed" and least_s >= left_s > 0:
+        problem = (
+            f"the roll-out takes at least {format_span(least_s)} by min_hours and min_batches of {plan.source.name}, "
+            f'and {format_span(left_s)} are left; raise `duration`, lower these rules, or write ends = "held"'
+        )
+        raise ConfigError(str(file), f"{key}.at", problem)
     # Every device is in the groups of the config.
     group = name if kind == "group" and name not in groups else ""
     devices = [name] if kind == "device" else []
     return msgspec.structs.replace(event, plan=str(plan.source), devices=devices, group=group, task=draft.task)
 
 
-def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Sequence[str]) -> None:
+def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Collection[str]) -> None:
     """Check a scenario against streams and tasks. Raises ConfigError."""
     try:
         start_us = scenario.start_us
@@ -403,7 +406,7 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
     if start_us < clock.BUILD_FLOOR_US:
         floor = clock.to_rfc3339(clock.BUILD_FLOOR_US)
         raise ConfigError(file, "start", f"before {floor}, when this program was built: no device would believe it")
-    if start_us / 1e6 + scenario.duration + scenario.drain > T_MAX_S:
+    if scenario.stop_s > clock.MAX_TIME_S:
         fix = "start it earlier, or shorten `duration`"
         raise ConfigError(file, "start", f"the run would end after 2100, and devices reject such times; {fix}")
     if scenario.duration <= 0:
@@ -442,5 +445,10 @@ def _check_event(scenario: Scenario, file: str, key: str, event: AnyEvent, names
             raise ConfigError(file, f"{key}.expect", f"no kind of alert is {alert!r}{did_you_mean(alert, alerts)}")
     if event.at >= scenario.duration:
         raise ConfigError(file, f"{key}.at", f"after the end of the scenario, duration = {scenario.duration:g} s")
+    if isinstance(event, SkewedClock):
+        latest_s = min(scenario.start_us / 1e6 + event.end_s, scenario.stop_s) + event.ahead
+        if latest_s > clock.MAX_TIME_S:
+            problem = "the clock would show a time after 2100, and devices reject such times; take less"
+            raise ConfigError(file, f"{key}.ahead", problem)
     if not isinstance(event, CollectorOutage) and not scenario.select(event, names):
         raise ConfigError(file, f"{key}.devices", f"none of them is in group {event.group!r}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,17 @@ def test_two_crashes_leave_different_markers(tmp_path: Path) -> None:
     assert collected[0] is not None
     assert collected[1] is not None
     assert collected[0].id != collected[1].id
+
+
+def test_the_size_of_the_marker_does_not_depend_on_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated devices report the bytes that they write, the same in each run."""
+    sizes = set()
+    for pid, ns in ((7, 1), (4_194_303, 2**62)):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        monkeypatch.setattr(time, "monotonic_ns", lambda ns=ns: ns)
+        with CrashMarker(tmp_path).guard_run("sort", "sha256:good"):
+            sizes.add(len((tmp_path / FILE).read_bytes().rstrip(b"\0")))
+    assert len(sizes) == 1
 
 
 def test_a_run_that_ends_or_raises_leaves_none(tmp_path: Path) -> None:

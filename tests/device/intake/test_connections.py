@@ -240,14 +240,21 @@ def test_a_producer_that_hangs_up_and_never_reads_its_answers_takes_no_descripto
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent.device.intake.connection._FLUSH_S", 1.0)
-    table = station.intake._table
+    table, close, unread = station.intake._table, ProducerConnection.close, list[int]()
+
+    async def count_and_close(connection: ProducerConnection) -> None:
+        unread.append(connection.held_bytes())
+        await close(connection)
+
+    monkeypatch.setattr(ProducerConnection, "close", count_and_close)
     with Line(station.socket) as line:
+        wait_until("the connection", lambda: table._connections)
+        descriptors = len(os.listdir("/proc/self/fd"))
         # Answers of 40 times as many bytes: more than the kernel holds.
         line.socket.sendall(b"{\n" * 20_000)
         line.hang_up()
-        wait_until("unread answers in the table", lambda: any(c.held_bytes() for c in table._connections))
-        descriptors = len(os.listdir("/proc/self/fd"))
-        wait_until("the end of the connection", lambda: not table._connections)
+        wait_until("the end of the connection", lambda: unread and not table._connections)
+        assert unread[0] > 0
         wait_until("its descriptor", lambda: len(os.listdir("/proc/self/fd")) < descriptors)
 
 

@@ -191,7 +191,7 @@ def test_an_undecodable_file_goes_to_failed_with_a_reason_and_counts(
     with watching(tmp_path, made) as station:
         wait_until("the file and the reason in failed/", partial(are_in, tmp_path, "failed", 2))
         wait_until("the good one in done/", partial(are_in, tmp_path, "done", 1))
-        assert station.store.counters()["files failed"] == 1
+        wait_until("the count", lambda: station.store.counters().get("files failed") == 1)
         assert len(taken(station)) == (6 if isinstance(made, ImageFormat) else 14)
     text = (tmp_path / "in" / "failed" / f"{name}.txt").read_text()
     assert text.startswith(f"{name}: ")

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent import clock
+from agent.alerts.kinds import FIELD_DRIFT, FIELD_FAULT
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.store import task_keys
@@ -268,10 +269,23 @@ def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: P
     store.close()
 
 
-def test_a_damaged_state_begins_again(tmp_path: Path, judge: DriftMonitor) -> None:
+def test_a_state_of_another_version_begins_again_which_the_log_says_and_ends_its_alerts(
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
+) -> None:
     store, author = opened(tmp_path)
+    keep(store, judge, replace(judge.start(), raised_counts=drifted.raised_counts))
     with store.transaction() as tx:
+        for alert in (FIELD_DRIFT, FIELD_FAULT):
+            body = alert.raised("x", field="y", count=1).to_body("exercise")
+            author.append(tx, "alerts", "exercise", body, clock.read())
         tx.save_state("exercise", task_keys.DRIFT_STATE, b"garbage")
-    assert take_over(store, author, judge).state.to_bytes() == judge.start().to_bytes()
+    assert len(store.open_alerts("exercise")) == 2
+    state = take_over(store, author, judge).state
+    assert state.to_bytes() == replace(judge.start(), raised_counts=np.full_like(state.raised_counts, 2)).to_bytes()
+    assert store.open_alerts("exercise") == []
+    reset, *cleared = [body for body in outbox_payloads(store).values() if body.get("state") != "raised"]
+    assert reset["event"] == "reference reset"
+    assert "another version wrote it" in reset["summary"]
+    assert [body["state"] for body in cleared] == ["cleared", "cleared"]
     assert drift_state.load_for_display(store, "exercise") is not None
     store.close()

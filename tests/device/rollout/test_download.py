@@ -28,8 +28,6 @@ from tests.kit.update_repositories import Signed
 from tests.kit.update_servers import Handler, Trick, Web
 from tests.kit.updating import PATIENCE_S, RUNS, Updating
 
-pytestmark = pytest.mark.exec
-
 pytest_plugins = ["tests.kit.repository_fixtures"]
 
 # More than two of what is synced at once.
@@ -51,14 +49,19 @@ def cut_at(byte: int) -> Callable[[Handler], None]:
     return lambda it: it.serve(byte)
 
 
+def parts(device: Updating) -> list[Path]:
+    return list((device.data / DOWNLOAD_DIR).glob("*.part"))
+
+
 def part(device: Updating) -> Path:
-    [path] = (device.data / DOWNLOAD_DIR).glob("*.part")
+    [path] = parts(device)
     return path
 
 
 # --- connections ---
 
 
+@pytest.mark.exec
 def test_an_interrupted_download_is_resumed(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     for byte in (1_200_000, 1_900_000):
         web.tricks[:] = [("/targets/", cut_at(byte))]
@@ -258,7 +261,8 @@ def ballast(card: Card, leave: int) -> None:
 
 # The child, which is killed just before its n-th sync or rename.
 DYING = """\
-import os, runpy, signal, sys
+import os, signal, sys
+from agent.device.rollout.fetch.worker import main
 left = int(sys.argv[1])
 def dying(call):
     def counted(*given, **more):
@@ -270,7 +274,7 @@ def dying(call):
     return counted
 os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
 sys.argv = sys.argv[:1]
-runpy.run_module("agent.device.rollout.fetch.worker", run_name="__main__")
+main()
 """
 
 
@@ -326,6 +330,7 @@ def test_the_worker_does_not_outlive_the_daemon(web: Web, device: Updating, want
     daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
     try:
         wait_until("the archive is being downloaded", held.is_set, timeout_s=PATIENCE_S)
+        wait_until("a part of it is on the disk", lambda: parts(device), timeout_s=PATIENCE_S)
         wait_until("much of it is on the disk", lambda: part(device).stat().st_size >= 1 << 20, timeout_s=PATIENCE_S)
         [fetching] = psutil.Process(daemon.pid).children()
         daemon.send_signal(signal.SIGKILL)
@@ -358,6 +363,7 @@ def holding(held: threading.Event) -> Trick:
     return trick
 
 
+@pytest.mark.exec
 def test_the_worker_has_low_priority_and_limits(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]

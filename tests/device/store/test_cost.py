@@ -111,6 +111,22 @@ def test_the_command_shows_costs_by_task(turned: Turned) -> None:
     assert "MB written a day" in CliRunner().invoke(cli, ["status", "-c", str(turned.file)]).output
 
 
+def test_batches_since_time_was_last_counted_do_not_raise_the_month(turned: Turned) -> None:
+    def report() -> tuple[int, dict[str, float], dict[str, float]]:
+        reported = json.loads(CliRunner().invoke(cli, ["cost", "--json", "-c", str(turned.file)]).output)
+        return reported["tasks"][0]["inferences"], reported["month"], reported["per_day"]
+
+    for _ in range(2):
+        turned.feed(3000)
+        turned.turn(after_s=200.0)
+    turned.turn(after_s=61.0)
+    inferences, *scaled = report()
+    assert inferences == 60
+    turned.feed(3000)
+    turned.turn(after_s=59.0)
+    assert report() == (90, *scaled)
+
+
 def test_batches_without_the_daemon_are_counted_and_what_only_the_daemon_counts_is_missing(turned: Turned) -> None:
     turned.feed(3000)
     turned.store.close()

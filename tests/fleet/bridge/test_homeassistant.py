@@ -223,7 +223,12 @@ def test_a_backlog_never_reaches_home_assistant(site: Site, connect: Connect) ->
         assert home.read(topic)["label"] == "NEW"
 
 
-def test_what_was_removed_while_no_bridge_ran_is_removed_by_the_next_one(site: Site, connect: Connect) -> None:
+# A broker far away answers after this pause.
+@pytest.mark.parametrize("quiet_s", [publisher._QUIET_S, 0.0])
+def test_what_was_removed_while_no_bridge_ran_is_removed_by_the_next_one(
+    site: Site, connect: Connect, monkeypatch: pytest.MonkeyPatch, quiet_s: float
+) -> None:
+    monkeypatch.setattr(publisher, "_QUIET_S", quiet_s)
     ours, config = site.senders["pi.01"], PLACE.config_topic("pi.01")
     foreign = "homeassistant/device/zigbee_lamp/config"
     site.ingest("pi.01", ours.state(), results_at(ours, 5, "PEN"))

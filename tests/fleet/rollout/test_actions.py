@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,11 +153,26 @@ def test_an_aborted_bundle_is_held_off(six: Fleet) -> None:
 
 @pytest.mark.parametrize(
     ("to", "devices", "problem"),
-    [("all", 7, "selects 6 of 6 enrolled"), ("device:pi-99", 1, "target device:pi-99 matches no enrolled device")],
+    [
+        ("all", 7, "selects 6 of 6 enrolled .*; lower min_devices to 6 or less"),
+        ("device:pi-99", 1, "target device:pi-99 matches no enrolled device"),
+    ],
 )
 def test_a_step_that_can_never_end_is_refused(six: Fleet, to: str, devices: int, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         six.start(plan(target=to, rules=promotion(min_devices=devices)))
+
+
+def test_the_percent_that_the_refusal_of_a_small_step_names_is_the_least(six: Fleet) -> None:
+    def start(percent: float) -> None:
+        six.start(plan(("canary", percent), ("all", 100.0), rules=promotion(min_devices=3)))
+
+    with pytest.raises(UsageError, match=r"selects 0 of 6 .*; percent = \d+ selects 3") as refused:
+        start(0.1)
+    [least] = re.findall(r"percent = (\d+)", str(refused.value))
+    with pytest.raises(UsageError, match=f"selects 2 of 6 .* percent = {least} selects 3"):
+        start(float(least) - 1)
+    start(float(least))
 
 
 def test_a_forced_promotion_is_recorded_with_its_reason(six: Fleet) -> None:

@@ -387,6 +387,20 @@ def test_a_group_needs_min_devices_among_responding_ones(six: Fleet) -> None:
     assert six.look().verdict.outcome == "promote"
 
 
+def test_the_last_step_of_a_group_needs_no_more_devices_than_join(six: Fleet) -> None:
+    six.start(plan(("canary", 60.0), ("all", 100.0), target="group:roof"))
+    first = six.chosen(1)
+    joining = [sender for sender in six.senders if sender not in first]
+    assert 0 < len(joining) < 3 <= len(first)
+    six.collect(*(sender.rollout("not_selected") for sender in joining))
+    six.on_probation(first)
+    six.promote()
+    verdict = six.look(4.0).verdict
+    assert (verdict.outcome, verdict.reporting, verdict.needed) == ("wait", 0, len(joining))
+    six.collect(*(sender.rollout("active", strategy="all") for sender in six.senders))
+    assert six.look(4.0).verdict.outcome == "finish"
+
+
 def test_a_device_target_counts_one_device(six: Fleet) -> None:
     six.start(plan(("shadow", 100.0), ("all", 100.0), target="device:pi-01", rules=promotion(min_devices=1)))
     six.in_shadow(six.senders[2:], agreeing=0)

@@ -23,6 +23,7 @@ from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import DesiredPayload
 from agent.wire.verification import verify_message
+from scripts.kit.broker_client import receive_messages
 from tests.kit.commands import audit_fleet, call_outstation
 
 ALL = "outstation/acme/_all/desired"
@@ -82,7 +83,7 @@ class Site:
     def retained(self, topic: str = ALL, within_s: float = 60.0) -> IncomingMessage | None:
         """Return the desired state that a new device receives."""
         link = Link(self.fleet.config.broker, "device", subscribe=[topic])
-        result = [event for event in link.receive(within_s) if isinstance(event, IncomingMessage)]
+        result = receive_messages(link, 1, within_s)
         link.close()
         assert all(entry.retained for entry in result)
         return result[-1] if result else None

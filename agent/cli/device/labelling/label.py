@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,7 @@ def report(accepted: int, rejected: Mapping[int, str], as_json: bool, **more: An
     """Print how many labels were accepted and why others were not, and exit with 1 if any was rejected."""
     lines = [{"line": n, "reason": reason} for n, reason in sorted(rejected.items())]
     document = {"accepted": accepted, "rejected": lines, **more}
-    emit(document, as_json, lambda: print_rejected(accepted, rejected, "label"))
-    if rejected:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_rejected(accepted, rejected, "label"), passed=not rejected)
 
 
 def read_labels(file: str) -> Iterator[ParsedLabel]:

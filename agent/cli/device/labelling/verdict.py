@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from agent import clock
@@ -42,9 +40,7 @@ def verdict(task: str, row: int, label: str | None, by: str, config_file: str | 
     document = {"task": task, "row": row, "label": text, "predicted": predicted, "verdict": kind, "by": by}
     document["rejected"] = rejected.get(1)
     shown = f"not stored: {rejected[1]}" if rejected else f"{kind} by {by}: row {row} is {text}"
-    emit(document, as_json, lambda: echo(shown))
-    if rejected:
-        sys.exit(1)
+    emit(document, as_json, lambda: echo(shown), passed=not rejected)
 
 
 @click.command("label-next", epilog="Example: outstation label-next exercise --limit 40 --json")

@@ -15,7 +15,7 @@ from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.toml_files import did_you_mean
 
-_NO_ACCOUNT = "No account yet: outstation fleet user add NAME --role admin"
+_ADD_ACCOUNT = "outstation fleet user add NAME --role admin"
 
 _role_option = click.option(
     "--role",
@@ -109,7 +109,8 @@ def list_users(db: str | None, home: Path, as_json: bool) -> None:
         [r["name"], r["role"], "password" if r["has_password"] else "proxy only", r["sessions"], r["changed"]]
         for r in rows
     ]
-    emit(rows, as_json, lambda: print_table(["name", "role", "signs in by", "sessions", "changed"], cells, _NO_ACCOUNT))
+    columns = ["name", "role", "signs in by", "sessions", "changed"]
+    emit(rows, as_json, lambda: print_table(columns, cells, f"No account yet: {_ADD_ACCOUNT}"))
 
 
 def _read_password() -> str:
@@ -119,4 +120,4 @@ def _read_password() -> str:
 
 
 def _unknown(name: str, names: list[str]) -> UsageError:
-    return UsageError(f"there is no account {name!r}{did_you_mean(name, names, _NO_ACCOUNT.replace('No', 'no', 1))}")
+    return UsageError(f"there is no account {name!r}{did_you_mean(name, names, f'no account yet: {_ADD_ACCOUNT}')}")

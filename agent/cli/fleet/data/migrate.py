@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,7 @@ def migrate(source_url: str | None, target_url: str, processes: int, home: Path,
         )
     if not Path(location).exists():
         raise UsageError(f"{location}: no such database; name it with --from")
-    with (
-        FleetStore(location) as source,
-        FleetStore(target_location, partitions=config.fleet.partitions) as target,
-    ):
+    with FleetStore(location) as source, FleetStore(target_location, partitions=config.fleet.partitions) as target:
         for store in (source, target):
             if not store.exclude_collectors():
                 problem = (
@@ -60,9 +56,7 @@ def migrate(source_url: str | None, target_url: str, processes: int, home: Path,
         if report["passed"]:
             copying.finish(target)
     document = {"passed": report["passed"], "rows": rows, "audit": report}
-    emit(document, as_json, lambda: print_lines(*_report_lines(document, target.name)))
-    if not report["passed"]:
-        sys.exit(1)
+    emit(document, as_json, lambda: print_lines(*_report_lines(document, target.name)), passed=report["passed"])
 
 
 def _report_lines(document: dict[str, Any], target: str) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-import sys
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,13 +15,13 @@ import click
 from agent import clock, durable_files
 from agent.bootstrap.owner import give_tree
 from agent.cli.fleet.common import fleet_options, open_store, print_lines
-from agent.cli.options import PATH, json_option
+from agent.cli.options import DURATION, PATH, json_option
 from agent.cli.output import echo, emit, print_table
 from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.names import is_name
-from agent.quantities import parse_duration
+from agent.text import format_duration
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -154,28 +153,24 @@ def _choose_repository(host: str, name: str, folder: Path) -> str:
 @click.command("token", epilog="Example: outstation fleet token pi-07")
 @click.argument("device")
 @click.option(
-    "--valid", metavar="TIME", default="24 h", show_default=True, help="How long the token lets the device in."
+    "--valid",
+    "valid_s",
+    type=DURATION,
+    default="24 h",
+    show_default=True,
+    help="How long the token lets the device in.",
 )
 @click.option("--bare", is_flag=True, help="Print the token alone, for scripts.")
 @fleet_options
-def token(device: str, valid: str, bare: bool, home: Path, as_json: bool) -> None:
+def token(device: str, valid_s: float, bare: bool, home: Path, as_json: bool) -> None:
     """Make a token with which DEVICE joins once: `outstation request --token`."""
     from agent.fleet.enrolment import join_tokens
     from agent.fleet.enrolment.enrol import device_folder
 
     config = fleet_config.load(home)
-    try:
-        valid_us = round(parse_duration(valid) * 1e6)
-    except ValueError as error:
-        raise UsageError(f"--valid: {error}") from None
-    expires_us = clock.read().wall_us + valid_us
+    expires_us = clock.read().wall_us + round(valid_s * 1e6)
     made = join_tokens.create(device_folder(home, device), expires_us)
-    document = {
-        "device": device,
-        "fleet": config.fleet.name,
-        "token": made,
-        "expires": clock.to_rfc3339(expires_us),
-    }
+    document = {"device": device, "fleet": config.fleet.name, "token": made, "expires": clock.to_rfc3339(expires_us)}
     lines = [
         f"On the device: outstation request --fleet {config.fleet.name} --id {device} --token {made}",
         f"Keep the token secret until then. It lets one key in, before {document['expires']}.",
@@ -311,10 +306,8 @@ def enrol_list(file: Path, out: Path, home: Path, as_json: bool) -> None:
             except UsageError as error:
                 state, problem = "failed", str(error)
             results.append({"device": entry.device, "state": state, "file": str(bundle), "problem": problem})
-    failed = [result for result in results if result["state"] == "failed"]
-    emit(results, as_json, lambda: _print_list(results, out))
-    if failed:
-        sys.exit(1)
+    passed = all(result["state"] != "failed" for result in results)
+    emit(results, as_json, lambda: _print_list(results, out), passed=passed)
 
 
 def _print_list(results: list[dict[str, str]], out: Path) -> None:
@@ -327,11 +320,13 @@ def _print_list(results: list[dict[str, str]], out: Path) -> None:
 
 @click.command("renew", epilog="Example: outstation fleet renew")
 @click.argument("devices", metavar="[DEVICE]...", nargs=-1)
-@click.option("--before", metavar="TIME", default="90 d", show_default=True, help="Renew what ends within this time.")
+@click.option(
+    "--before", "before_s", type=DURATION, default="90 d", show_default=True, help="Renew what ends within this time."
+)
 @click.option("--wait", metavar="SECONDS", type=click.FloatRange(0.1, 600), default=15.0, show_default=True,
               help="How long to wait for a device's answer.")  # fmt: skip
 @fleet_options
-def renew(devices: tuple[str, ...], before: str, wait: float, home: Path, as_json: bool) -> None:
+def renew(devices: tuple[str, ...], before_s: float, wait: float, home: Path, as_json: bool) -> None:
     """Renew the TLS certificates of connected devices over MQTT before they end; run it from cron each day.
 
     The device keeps its key, and uses the certificate at its next connection. A device that is away is tried again by
@@ -344,31 +339,32 @@ def renew(devices: tuple[str, ...], before: str, wait: float, home: Path, as_jso
     config = fleet_config.load(home)
     if config.ca is None:
         raise UsageError("the broker is used without TLS, so devices have no certificates to renew")
-    try:
-        limit = timedelta(seconds=parse_duration(before))
-    except ValueError as error:
-        raise UsageError(f"--before: {error}") from None
     results = []
     with open_store(config) as store:
-        for due in renewal.list_due(home, store, limit, frozenset(devices)):
+        for due in renewal.list_due(home, store, timedelta(seconds=before_s), frozenset(devices)):
             left = due.days_left(datetime.now(UTC))
             state, detail = "ended", "outstation request on the device, then fleet enrol --request"
             if left >= 0 or renewal.may_have_newer(home, due):
-                pem = renewal.issue(home, config, due)
+                pem = renewal.issue(home, config, store, due)
+                if pem is None:
+                    continue
                 args = {"certificate": pem.decode("ascii")}
                 sent = send_command(home, config, store, due.device, "install-certificate", args, wait)
                 if left >= 0 or sent.ok:
                     state = "renewed" if sent.ok else "waits"
                     detail = sent.reply.summary if sent.reply else sent.reason
                 if sent.ok:
-                    renewal.confirm(home, due.device, pem)
+                    renewal.confirm(home, config, store, due, pem)
             end = f"{due.end:%Y-%m-%d}"
             results.append({"device": due.device, "state": state, "end": end, "days_left": left, "detail": detail})
     rows = [[result[name] for name in ("device", "state", "end", "days_left", "detail")] for result in results]
-    empty = f"No certificate ends within {before}."
-    emit(results, as_json, lambda: print_table(["device", "state", "former end", "days", "detail"], rows, empty))
-    if any(result["state"] == "ended" for result in results):
-        sys.exit(1)
+    empty = f"No certificate ends within {format_duration(before_s * 1e6)}."
+    emit(
+        results,
+        as_json,
+        lambda: print_table(["device", "state", "former end", "days", "detail"], rows, empty),
+        passed=all(result["state"] != "ended" for result in results),
+    )
 
 
 def _emit_enrolment(done: Enrolment, fleet: str, bundle: Path | None, as_json: bool) -> None:

@@ -11,11 +11,11 @@ import msgspec
 
 from agent import clock
 from agent.cli.fleet.common import fleet_options, open_store
+from agent.cli.options import DURATION
 from agent.cli.output import echo
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.quantities import parse_duration
-from agent.text import printable_json
+from agent.text import format_duration, printable_json
 
 if TYPE_CHECKING:
     from agent.fleet.enrolment.registrar import InvitationEvent
@@ -25,10 +25,12 @@ _MAX_VALID_S = 30 * 86_400.0
 
 @click.command("invite", epilog="Example: outstation fleet invite pi-07")
 @click.argument("devices", metavar="[DEVICE]...", nargs=-1)
-@click.option("--valid", metavar="TIME", default="24 h", show_default=True, help="How long a code can be used.")
+@click.option(
+    "--valid", "valid_s", type=DURATION, default="24 h", show_default=True, help="How long a code can be used."
+)
 @click.option("--no-wait", is_flag=True, help="Only make the codes; `outstation fleet invite` answers later.")
 @fleet_options
-def invite(devices: tuple[str, ...], valid: str, no_wait: bool, home: Path, as_json: bool) -> None:
+def invite(devices: tuple[str, ...], valid_s: float, no_wait: bool, home: Path, as_json: bool) -> None:
     """Make a one-time code for each DEVICE, then let in over MQTT the devices that use theirs, until all have joined.
 
     Bring the code to the device by another way than the broker, and keep it secret until then: it lets one key in.
@@ -37,10 +39,6 @@ def invite(devices: tuple[str, ...], valid: str, no_wait: bool, home: Path, as_j
     from agent.fleet.enrolment import invitations, registrar
 
     config = fleet_config.load(home)
-    try:
-        valid_s = parse_duration(valid)
-    except ValueError as error:
-        raise UsageError(f"--valid: {error}") from None
     if not 60 <= valid_s <= _MAX_VALID_S:
         raise UsageError("--valid: must be between 1 min and 30 d")
     if no_wait and not devices:
@@ -48,7 +46,11 @@ def invite(devices: tuple[str, ...], valid: str, no_wait: bool, home: Path, as_j
     for device in devices:
         code, outcome = invitations.create(home, config, device, clock.read().wall_us, round(valid_s * 1e6))
         document = {"device": device, "state": "invited", "code": code, "steps": [*outcome.steps]}
-        lines = [f"{device}: on the device, within {valid}:", f"outstation join --code {code}", *outcome.steps]
+        lines = [
+            f"{device}: on the device, within {format_duration(valid_s * 1e6)}:",
+            f"outstation join --code {code}",
+            *outcome.steps,
+        ]
         _print(as_json, document, *lines)
     if no_wait:
         return

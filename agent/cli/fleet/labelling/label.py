@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,12 @@ from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, w
 from agent.cli.options import by_option, json_option
 from agent.cli.output import echo, emit, print_table
 from agent.errors import UsageError
-from agent.fleet.config import FleetConfig
 from agent.names import is_name
 from agent.performance.labels import Label
 from agent.text import pluralize, printable
 
 if TYPE_CHECKING:
-    from agent.fleet.database.store import FleetStore
+    from agent.fleet.commands import CommandResult
     from agent.fleet.labelling.labels import LabelOutcome, OutputEvaluation
 
 _MAX_LISTED = 20
@@ -39,15 +38,7 @@ _MAX_LISTED = 20
 @by_option
 @json_option
 def label(
-    device: str,
-    task: str,
-    file: str,
-    home: Path,
-    output: str | None,
-    send: bool,
-    wait_s: float,
-    by: str,
-    as_json: bool,
+    device: str, task: str, file: str, home: Path, output: str | None, send: bool, wait_s: float, by: str, as_json: bool
 ) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
 
@@ -66,7 +57,13 @@ def label(
         if isinstance(entry, Label)
     ]
     if send:
-        accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s, by)
+
+        def send_columns(columns: str) -> CommandResult:
+            return send_command(
+                home, config, store, device, "label", {"task": task, "labels": columns, "by": by}, wait_s
+            )
+
+        accepted, refused = _send_labels(labels, send_columns)
         report(accepted, rejected | refused, as_json)
         return
     from agent.fleet.labelling.labels import add
@@ -84,9 +81,7 @@ def label(
         **_to_document(outcome),
         "outputs": {name: _to_document(each) for name, each in outcome.further.items()},
     }
-    emit(document, as_json, lambda: _print_outcome(outcome, rejected))
-    if rejected:
-        sys.exit(1)
+    emit(document, as_json, lambda: _print_outcome(outcome, rejected), passed=not rejected)
 
 
 def _to_document(evaluation: OutputEvaluation) -> dict[str, Any]:
@@ -100,16 +95,7 @@ def _to_document(evaluation: OutputEvaluation) -> dict[str, Any]:
     }
 
 
-def _send_labels(
-    home: Path,
-    config: FleetConfig,
-    store: FleetStore,
-    device: str,
-    task: str,
-    labels: list[tuple[int, Label]],
-    wait_s: float,
-    by: str,
-) -> tuple[int, dict[int, str]]:
+def _send_labels(labels: list[tuple[int, Label]], send: Callable[[str], CommandResult]) -> tuple[int, dict[int, str]]:
     """Return the number of labels that the device accepted, and line → reason of the others."""
     from agent.fleet.labelling.labels import split_labels
 
@@ -117,7 +103,7 @@ def _send_labels(
     rejected: dict[int, str] = {}
     for first, end, columns in split_labels([entry for _, entry in labels]):
         lines = [line for line, _ in labels[first:end]]
-        sent = send_command(home, config, store, device, "label", {"task": task, "labels": columns, "by": by}, wait_s)
+        sent = send(columns)
         if not sent.ok or sent.reply is None:
             # Further commands would fail for the same reason.
             summary = sent.to_dict()["summary"]

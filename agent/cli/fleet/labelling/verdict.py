@@ -8,12 +8,7 @@ from typing import Any
 import click
 
 from agent import clock
-from agent.cli.fleet.common import (
-    database_options,
-    device_option,
-    open_for_reading,
-    open_store,
-)
+from agent.cli.fleet.common import database_options, device_option, open_for_reading, open_store
 from agent.cli.options import by_option, note_option
 from agent.cli.output import echo, emit, print_table
 from agent.fleet import config as fleet_config

@@ -32,11 +32,12 @@ from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.intake.sources.file_marker import MAX_DEATHS, FileMarker
+from agent.device.intake.sources.finished_files import FinishedFile, FinishedFiles
 from agent.device.intake.sources.watched_folder import FileState, WatchedFolder, original_name, safe_name
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
-from agent.errors import RowRejected, StorageError, StorageFull, UsageError
-from agent.media import ImageFormat
+from agent.errors import OutstationError, RowRejected, StorageError, StorageFull, UsageError
+from agent.media import ImageFormat, SoundFormat
 from agent.text import printable
 
 log = logging.getLogger("outstation.files")
@@ -50,7 +51,7 @@ _MAX_LOGGED_ROWS = 20
 FAILED_COUNTER, INGESTED_COUNTER, DUPLICATE_COUNTER = "files failed", "files ingested", "files duplicate"
 # Files whose content is recognized; of more, the last ones.
 MAX_DIGESTS = 4096
-_MAX_IMAGES_PER_COMMIT = 32
+_MAX_FILES_PER_COMMIT = 32
 # Errors of the machine or of a removable medium: every file would fail, so it is tried again later.
 _TRANSIENT_ERRNOS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
@@ -65,7 +66,8 @@ class _FileProgress(msgspec.Struct):
 
     `deaths`: processes in a row that ended while they read on from this line. `digest`: of its content, "" if the
     stream's files may repeat. `is_compared`: no earlier file has the digest, or rows of this file are stored.
-    `has_all_times`: each of its rows so far came with a time.
+    `has_all_times`: each of its rows so far came with a time. `state`: of the file as it was read. `is_torn`: the last
+    line was rejected.
     """
 
     last_line: int
@@ -75,6 +77,8 @@ class _FileProgress(msgspec.Struct):
     digest: str = ""
     is_compared: bool = False
     has_all_times: bool = True
+    state: FileState | None = None
+    is_torn: bool = False
 
 
 class _DuplicateFile(UsageError):
@@ -133,8 +137,9 @@ class FolderWatcher:
         self._path = Path(source.folder)
         self._file_states: dict[str, tuple[FileState, float]] = {}
         self._last_error = ""
-        # Files that the agent may not move, each logged once.
+        # Files that the agent may not move, each logged once; the folder's permissions may be why.
         self._stuck: set[str] = set()
+        self._access: tuple[int, int, int] | None = None
         self._suffixes = _suffixes(stream)
         self._decoder = DecodeProcess(name, stream, show_values=show_values, must_be_confined=must_be_confined)
         self._marker = FileMarker(data_dir / f"reading.{name}")
@@ -142,6 +147,7 @@ class FolderWatcher:
         self._decoder_failures: dict[str, int] = {}
         # Digests of files that are read now, and their claimed names.
         self._digests_in_hand: dict[str, str] = {}
+        self._finished = FinishedFiles()
         self._decode_lock = asyncio.Lock()
         self._last_us: int | None = None
 
@@ -164,12 +170,30 @@ class FolderWatcher:
             self._decoder.close()
 
     async def _ingest_folder(self, folder: WatchedFolder, submit_rows: SubmitRows) -> None:
+        if (access := folder.read_access()) != self._access:
+            self._stuck, self._access = set(), access
+        for name, finished in self._finished.iter_grown(folder):
+            self._take_back(folder, name, finished)
         for names in self._group_names([name for name in folder.list_claimed() if name not in self._stuck]):
             await self._ingest_files(folder, names, submit_rows, is_retry=True)
+        began_s = time.monotonic()
         states = await asyncio.to_thread(folder.list_files, self._suffixes)
-        for names in self._group_names(self._select_settled(states)):
+        for names in self._group_names(self._select_settled(states, began_s)):
             claimed = [claim for name in names if (claim := self._claim(folder, name))]
             await self._ingest_files(folder, claimed, submit_rows, is_retry=False)
+
+    def _take_back(self, folder: WatchedFolder, name: str, finished: FinishedFile) -> None:
+        """Claim a finished file again, whose writer went on after a pause; a full store delays it."""
+        with contextlib.suppress(StorageFull):
+            with self._store.transaction() as tx:
+                tx.set_source_position(f"files:{self._name}", finished.claimed, finished.line)
+            self._finished.take_back(name)
+            text = "its writer went on after a pause; reading on from line %d. Rename finished files into the folder"
+            log.warning(f"%s: {text}", self._log_name(original_name(finished.claimed)), finished.line + 1)
+            try:
+                folder.take_back(name, finished.claimed)
+            except OSError as error:
+                self._leave(name, error)
 
     def _claim(self, folder: WatchedFolder, name: str) -> str:
         """Return the claimed name; "" if the file cannot be moved."""
@@ -188,8 +212,8 @@ class FolderWatcher:
             log.error("%s: cannot be moved: %s; it stays where it is", self._log_name(safe_name(name)), error.strerror)
 
     def _group_names(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Group images into shared commits; other files go one by one, because positions depend on earlier rows."""
-        size = _MAX_IMAGES_PER_COMMIT if isinstance(self._stream.media_format, ImageFormat) else 1
+        """Group files into shared commits; sounds go one by one, because positions depend on earlier rows."""
+        size = 1 if isinstance(self._stream.media_format, SoundFormat) else _MAX_FILES_PER_COMMIT
         return (names[start : start + size] for start in range(0, len(names), size))
 
     async def _ingest_files(
@@ -209,8 +233,8 @@ class FolderWatcher:
             if problem is not None:
                 raise problem
 
-    def _select_settled(self, states: dict[str, FileState]) -> list[str]:
-        """Return files whose state has not changed for a while, by the monotonic clock."""
+    def _select_settled(self, states: dict[str, FileState], began_s: float) -> list[str]:
+        """Return files whose state had not changed for a while when this look began, by the monotonic clock."""
         now, known = time.monotonic(), self._file_states
         self._file_states = {}
         for name, state in states.items():
@@ -218,7 +242,7 @@ class FolderWatcher:
             self._file_states[name] = (state, since if before == state else now)
         # What cannot be moved is tried again if it changes.
         self._stuck &= {name for name in self._stuck if known.get(name) == self._file_states.get(name)}
-        settled = (name for name, (_, since) in self._file_states.items() if now - since >= _SETTLED_S)
+        settled = (name for name, (_, since) in self._file_states.items() if began_s - since >= _SETTLED_S)
         return sorted(name for name in settled if name not in self._stuck)
 
     async def _ingest_file(self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, *, is_retry: bool) -> None:
@@ -276,6 +300,7 @@ class FolderWatcher:
                     problem = error
                 await asyncio.sleep(0)
                 if FileState.from_status(os.fstat(file)) == before:
+                    progress.state = before
                     return problem
                 # Its writer had not finished, and still writes to the moved file.
                 await asyncio.sleep(_SETTLED_S)
@@ -343,6 +368,10 @@ class FolderWatcher:
             with contextlib.suppress(StorageFull), self._store.transaction() as tx:
                 tx.set_source_position(*position)
         folder.move_to_done(name, target)
+        if media_format is None and progress.state is not None:
+            # A last line that was cut off is read again in full.
+            line = progress.last_line - progress.is_torn
+            self._finished.add(target, name, progress.state, line)
         log.info("%s: ingested%s", self._log_name(original_name(name)), rejected)
         self._forget(name, INGESTED_COUNTER)
 
@@ -390,6 +419,7 @@ class FolderWatcher:
                 progress.last_line, progress.last_row = last_line, outcome.last_row or progress.last_row
                 progress.deaths, progress.is_compared = 0, progress.is_compared or block.raw.n > 0
                 rejected |= dict(outcome.rejected)
+                progress.is_torn = last_line in rejected
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
                 for line, reason in sorted(rejected.items())[: max(0, _MAX_LOGGED_ROWS - progress.rejected_rows)]:
@@ -427,14 +457,21 @@ class FolderWatcher:
             with self._marker.guard(name, skip):
                 blocks = self._decoder.decode(file, original_name(name), skip, self._last_us)
                 if isinstance(self._stream.media_format, ImageFormat):
-                    decoded = await self._run_decoder(lambda: list(blocks))
+                    last = await self._run_decoder(lambda: list(blocks))
+                    self._last_us = round(last[-1].raw.t[-1] * 1e6) if last else self._last_us
                 else:
-                    decoded = []
-                    while (block := await self._run_decoder(lambda: next(blocks, None))) is not None:
-                        yield block
-                if decoded:
-                    self._last_us = round(decoded[-1].raw.t[-1] * 1e6)
-        for block in decoded:
+                    last = []
+                    try:
+                        while (block := await self._run_decoder(lambda: next(blocks, None))) is not None:
+                            for earlier in last:
+                                yield earlier
+                            last = [block]
+                    except (OSError, OutstationError):
+                        for earlier in last:
+                            yield earlier
+                        raise
+        # After its turn: other small files then share the commit.
+        for block in last:
             yield block
 
     async def _run_decoder(self, call: Callable[[], T]) -> T:

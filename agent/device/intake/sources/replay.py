@@ -156,7 +156,7 @@ def inject_faults(
 
 
 def _apply_fault(values: NDArray[np.float64], fault: ReplayFault, first: int, name: str) -> NDArray[np.float64]:
-    amount = fault.amount
+    amount = fault.amount or 0.0
     match fault.kind:
         case "gain" | "scale":
             return values * amount

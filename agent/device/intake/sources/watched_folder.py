@@ -75,6 +75,11 @@ class WatchedFolder:
     def __exit__(self, *_: object) -> None:
         self._exit_stack.close()
 
+    def read_access(self) -> tuple[int, int, int]:
+        """Return the folder's mode, owner and group."""
+        status = os.fstat(self._root)
+        return status.st_mode, status.st_uid, status.st_gid
+
     def list_files(self, suffixes: Sequence[str]) -> dict[str, FileState]:
         """Return the first names of what looks like a file of these kinds. A folder is none; a link or a pipe is."""
 
@@ -125,6 +130,17 @@ class WatchedFolder:
     def move_to_done(self, claimed: str, name: str) -> None:
         """Move a file to `done/` under `name`. Raises OSError."""
         os.rename(claimed, name, src_dir_fd=self._taking, dst_dir_fd=self._done)
+
+    def read_done_state(self, name: str) -> FileState | None:
+        """Return the state of a file in `done/`; None if it is not there. Raises OSError."""
+        try:
+            return FileState.from_status(os.stat(name, dir_fd=self._done, follow_symlinks=False))
+        except FileNotFoundError:
+            return None
+
+    def take_back(self, name: str, claimed: str) -> None:
+        """Move a file of `done/` back to `taking/`. Raises OSError."""
+        os.rename(name, claimed, src_dir_fd=self._done, dst_dir_fd=self._taking)
 
     def move_to_failed(self, claimed: str, reason: str) -> None:
         """Move a file to `failed/`, with the reason in `NAME.txt` beside it. Raises OSError."""

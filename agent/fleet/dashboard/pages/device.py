@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from agent import clock
-from agent.errors import UsageError
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object, decode_object
@@ -175,20 +174,15 @@ async def judge(visit: Visit) -> Response:
     text = form.get("label", "").strip() if action == "correct" else None
     author = Judge(visit.visitor.name, "dashboard", clock.now_rfc3339(), form.get("note", "").strip()[:500])
 
-    def write(db: Connection) -> str:
-        if action == "withdraw":
-            verdicts.withdraw(db, device.device, task, int(row), author, log)
-            return f"row {row}: verdict withdrawn"
-        given = verdicts.judge_result(db, device.device, task, int(row), text, author, log=log)
-        return f"row {row} is {given.label}: {given.verdict}"
+    def write(store: FleetStore) -> str:
+        with store.transaction() as db:
+            if action == "withdraw":
+                verdicts.withdraw(db, device.device, task, int(row), author, log)
+                return f"row {row}: verdict withdrawn"
+            given = verdicts.judge_result(db, device.device, task, int(row), text, author, log=log)
+            return f"row {row} is {given.label}: {given.verdict}"
 
-    concerned = f"{device.device}/{task}"
-    try:
-        outcome = await visit.dashboard.reader.write(write)
-    except UsageError as error:
-        await visit.record("verdict", concerned, f"refused: {error}")
-        raise
-    await visit.record("verdict", concerned, outcome)
+    await visit.act("verdict", f"{device.device}/{task}", write)
     back = form.get("back", "")
     here = f"/devices/{views.quote_path(device.device)}?task={views.quote_path(task)}#results"
     return RedirectResponse(back if back.startswith("/labels") else here, 303)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import msgspec
@@ -29,6 +29,12 @@ SEVERITIES = ("info", "warning", "critical")
 PAGE_ROWS, MAX_ROWS = 50, 1000
 MUTES = {"1 h": 1, "8 h": 8, "1 d": 24, "7 d": 168}
 _DEFAULTS: Mapping[str, object] = {"status": "open", "severity": "info", "device": "", "task": "", "n": PAGE_ROWS}
+_ACTIONS: Mapping[str, Callable[..., None]] = {
+    "acknowledge": incidents.acknowledge,
+    "withdraw": incidents.withdraw_acknowledgement,
+    "mute": incidents.mute,
+    "unmute": incidents.unmute,
+}
 _WINDOWS = 4
 _MAX_EVIDENCE = 30
 
@@ -113,20 +119,13 @@ async def decide(visit: Visit) -> Response:
     visit.require("operator")
     ref, form, now = visit.request.path_params["ref"], await visit.form(), clock.now_rfc3339()
     action, note, by = form.get("action", ""), form.get("note", "").strip()[:500], visit.visitor.name
-    if action not in ("acknowledge", "withdraw", "mute", "unmute"):
+    if action not in _ACTIONS:
         raise HTTPException(400, "there is no such action")
 
     def run(store: FleetStore) -> Incident:
         incident = _find(store, ref, now)
-        match action:
-            case "acknowledge":
-                incidents.acknowledge(store, incident, by=by, note=note, now=now)
-            case "withdraw":
-                incidents.withdraw_acknowledgement(store, incident, by=by, note=note, now=now)
-            case "mute":
-                incidents.mute(store, incident, until=_mute_end(form.get("until", ""), now), by=by, note=note, now=now)
-            case _:
-                incidents.unmute(store, incident, by=by, note=note, now=now)
+        end = {"until": _mute_end(form.get("until", ""), now)} if action == "mute" else {}
+        _ACTIONS[action](store, incident, by=by, note=note, now=now, **end)
         return incident
 
     try:
@@ -153,12 +152,7 @@ async def judge(visit: Visit) -> Response:
         with store.transaction() as db:
             return verdicts.judge_alert(db, incident, is_right=action == "right", text=text or None, judge=author)
 
-    try:
-        outcome = await visit.dashboard.reader.run_writer(write)
-    except UsageError as error:
-        await visit.record("verdict on alert", ref, f"refused: {error}")
-        raise
-    await visit.record("verdict on alert", ref, outcome)
+    await visit.act("verdict on alert", ref, write)
     return RedirectResponse(f"/incidents/{ref}#verdict", 303)
 
 

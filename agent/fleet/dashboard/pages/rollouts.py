@@ -102,12 +102,7 @@ async def decide(visit: Visit) -> Response:
             _find(db, name)
         return desk.decide(store, name, action, reason, visit.visitor.name)
 
-    try:
-        outcome = await visit.dashboard.reader.run_writer(run)
-    except UsageError as error:
-        await visit.record(f"{action} roll-out", name, f"refused: {error}")
-        raise
-    await visit.record(f"{action} roll-out", name, outcome)
+    await visit.act(f"{action} roll-out", name, run)
     return RedirectResponse(f"/rollouts/{views.quote_path(name)}", 303)
 
 

@@ -52,14 +52,10 @@ def format_time(text: object) -> Markup:
         return escape(printable(text))
     distance = (clock.read().wall_us - t_us) // 1_000_000
     exact = f"{clock.to_rfc3339(t_us)[:19].replace('T', ' ')} UTC"
-    words = _format_distance(abs(distance))
+    size, unit = next(((s, u) for s, u in _UNITS if abs(distance) >= s), (1, "s"))
+    words = f"{abs(distance) // size} {unit}"
     relative = f"{words} ago" if distance >= 0 else f"in {words}"
     return Markup('<time datetime="{}" title="{}">{}</time>').format(text, exact, relative)
-
-
-def _format_distance(seconds: int) -> str:
-    size, unit = next(((s, u) for s, u in _UNITS if seconds >= s), (1, "s"))
-    return f"{seconds // size} {unit}"
 
 
 def format_prose(text: str) -> Markup:

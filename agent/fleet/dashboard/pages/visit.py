@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from agent.errors import UsageError
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.desk import OperatorDesk
 from agent.fleet.dashboard.security.access import Access, AccessPolicy, Visitor, record
@@ -88,6 +89,15 @@ class Visit(msgspec.Struct, frozen=True):
         """Raise HTTPException unless the visitor has the role."""
         if not self.visitor.may(role):
             raise HTTPException(403, f"this needs the role {role}; you are {self.visitor.role}")
+
+    async def act(self, action: str, concerned: str, write: Callable[[FleetStore], str]) -> None:
+        """Write with a store, and record who did it; `write` returns the outcome. Raises UsageError if refused."""
+        try:
+            outcome = await self.dashboard.reader.run_writer(write)
+        except UsageError as error:
+            await self.record(action, concerned, f"refused: {error}")
+            raise
+        await self.record(action, concerned, outcome)
 
     async def record(self, action: str, concerned: str, outcome: str) -> None:
         """Write who did what."""

@@ -72,10 +72,15 @@ class DatabaseReader:
 
     async def read(self, function: Callable[[Connection], T]) -> T:
         """Return `function` of one snapshot. Raises StorageError and UsageError."""
-        return await self.read_store(lambda store: _in_snapshot(store, function))
+
+        def in_snapshot(store: FleetStore) -> T:
+            with store.snapshot() as db:
+                return function(db)
+
+        return await self.read_store(in_snapshot)
 
     async def read_store(self, function: Callable[[FleetStore], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, function)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: self._own_store().read(function))
 
     async def run_aside(self, function: Callable[[None], T]) -> T:
         """Run `function`, which reads files and not the database, in a reader's thread."""
@@ -83,7 +88,12 @@ class DatabaseReader:
 
     async def write(self, function: Callable[[Connection], T]) -> T:
         """Return `function` of one transaction. Raises StorageError and UsageError."""
-        return await self.run_writer(lambda store: _in_transaction(store, function))
+
+        def in_transaction(store: FleetStore) -> T:
+            with store.transaction() as db:
+                return function(db)
+
+        return await self.run_writer(in_transaction)
 
     async def run_writer(self, function: Callable[[FleetStore], T]) -> T:
         """Run `function` with a store that is open for writing only as long as this takes."""
@@ -103,9 +113,6 @@ class DatabaseReader:
             together.wait(_CLOSE_TIMEOUT_S)
         self._own_store().close()
 
-    def _read(self, function: Callable[[FleetStore], T]) -> T:
-        return self._own_store().read(function)
-
     def _own_store(self) -> ReopenedStore:
         if not hasattr(self._local, "store"):
             self._local.store = ReopenedStore(self.location)
@@ -115,13 +122,3 @@ class DatabaseReader:
     def _write(self, function: Callable[[FleetStore], T]) -> T:
         with FleetStore(self.location) as store:
             return function(store)
-
-
-def _in_snapshot(store: FleetStore, function: Callable[[Connection], T]) -> T:
-    with store.snapshot() as db:
-        return function(db)
-
-
-def _in_transaction(store: FleetStore, function: Callable[[Connection], T]) -> T:
-    with store.transaction() as db:
-        return function(db)

@@ -66,9 +66,7 @@ def load_status(db: Connection) -> list[DeviceStatus]:
     rows = db.execute(_STATUS).fetchall()
     return [
         DeviceStatus(
-            *(device, enrolled, state, seen, bool(active), log),
-            None if payload is None else bytes(payload),
-            received,
+            *(device, enrolled, state, seen, bool(active), log), None if payload is None else bytes(payload), received
         )
         for device, enrolled, state, seen, active, log, payload, received in rows
         if isinstance(device, str)

@@ -14,13 +14,7 @@ from msgspec.structs import replace
 from agent.comparison import paired_intervals, rules
 from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
 from agent.comparison.tally import ComparisonStats, block_key
-from agent.fleet.evidence.format.contents import (
-    WRITE_LIMITS,
-    BundleComparison,
-    ComparisonMetric,
-    MessageRef,
-    ModelRef,
-)
+from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleComparison, ComparisonMetric, MessageRef, ModelRef
 from agent.wire.messages import ModelRef as ReportedModel
 from agent.wire.messages import ShadowPayload
 

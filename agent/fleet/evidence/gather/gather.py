@@ -280,10 +280,7 @@ def _resolve_as_of(as_of: str | None, last_received: str | None, database: str) 
 
 
 def _run_audit(
-    store: FleetStore,
-    operators: Sequence[PublicKey],
-    collectors: Sequence[PublicKey],
-    advance: Callable[[int], None],
+    store: FleetStore, operators: Sequence[PublicKey], collectors: Sequence[PublicKey], advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Return the audit report. Each list holds its first entries and has a count beside it."""
     report = audit.audit(store, progress=advance, operators=operators, collectors=collectors).to_dict()

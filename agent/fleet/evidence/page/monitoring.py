@@ -10,8 +10,9 @@ from agent.fleet.evidence.format.contents import AccuracyEntry
 from agent.fleet.evidence.gather.accuracy import select_headline
 from agent.fleet.evidence.gather.gather import EvidenceFacts
 from agent.fleet.evidence.page.charts import draw_accuracy_forest
-from agent.fleet.evidence.page.formats import format_count, format_duration, format_names
+from agent.fleet.evidence.page.formats import format_count, format_duration
 from agent.performance.metrics import display_name
+from agent.text import list_names
 
 _MAX_CHARTED = 20
 _SOURCE_NAMES = {
@@ -27,7 +28,7 @@ def list_drift_notes(task: dict[str, Any]) -> list[str]:
     notes = [
         f"{format_count(task['windows'], 'summary', 'summaries')} of {format_count(task['devices'], 'device')}; "
         f"{task['sensor_fault_windows']:,} with a sensor fault.",
-        f"In drift by the latest summary: {format_names(drifting)}." if drifting else "No device is in drift now.",
+        f"In drift by the latest summary: {list_names(drifting)}." if drifting else "No device is in drift now.",
     ]
     for name, known in {"": task, **task.get("expected_outputs", {})}.items():
         subject = f" of output {name}" if name else ""

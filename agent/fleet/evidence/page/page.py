@@ -24,7 +24,7 @@ from agent.fleet.evidence.page import charts, deployments, formats, monitoring, 
 from agent.performance.metrics import display_name
 from agent.render import html
 from agent.render.templates import Environment, create_environment
-from agent.text import format_interval, format_value
+from agent.text import format_interval, format_value, list_names
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAX_ROWS = 25
@@ -38,22 +38,19 @@ _CONTENTS = {
 @cache
 def _load_environment() -> Environment:
     environment = create_environment(_TEMPLATES)
+    environment.globals["scroll_attributes"] = Markup(html.SCROLL_ATTRIBUTES)
     environment.filters.update(
-        number=lambda n: f"{n:,}", counted=formats.format_count, names=formats.format_names,
+        number=lambda n: f"{n:,}", counted=formats.format_count, names=list_names,
         time=formats.format_time, duration=formats.format_duration, interval=lambda m: format_interval(m.low, m.high),
         metric_text=lambda m: f"{display_name(m.metric)} {format_value(m.value)}", headline=select_headline,
         label_sources=monitoring.format_label_sources, coverage=monitoring.format_coverage,
         drift_notes=monitoring.list_drift_notes, card_notes=deployments.list_card_notes,
         drift_strip=lambda task: Markup(charts.draw_drift_strip(task["history"], task["devices"])),
-        comparison=deployments.format_comparison, role_label=_role_label,
+        comparison=deployments.format_comparison,
+        # `root 2` for 2.root.json
+        role_label=lambda file: "{1} {0}".format(*file.split(".", 2)),
     )  # fmt: skip
     return environment
-
-
-def _role_label(file: str) -> str:
-    """Return `root 2` for `2.root.json`."""
-    version, role, _ = file.split(".", 2)
-    return f"{role} {version}"
 
 
 def render_html(facts: EvidenceFacts, sbom: Sbom, points: Sequence[PointSupport], files: Sequence[FileEntry]) -> str:

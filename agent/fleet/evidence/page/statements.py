@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from agent.fleet.evidence.gather.gather import EvidenceFacts
-from agent.fleet.evidence.page.formats import format_count, format_names
+from agent.fleet.evidence.page.formats import format_count
+from agent.text import list_names
 
 
 def list_problems(facts: EvidenceFacts) -> list[str]:
@@ -33,13 +34,13 @@ def list_warnings(facts: EvidenceFacts) -> list[str]:
         if listed:
             names = sorted({incident.device or "the whole fleet" for incident in listed})
             n = facts.incident_counts[severity, "open"]
-            where = format_names(names) if n == len(listed) else f"{', '.join(names[:6])} and others"
+            where = list_names(names) if n == len(listed) else f"{', '.join(names[:6])} and others"
             warnings.append(f"{format_count(n, noun)} open: {where}.")
     if facts.silent_devices:
-        warnings.append(f"The models on {format_names(facts.silent_devices)} are unknown.")
+        warnings.append(f"The models on {list_names(facts.silent_devices)} are unknown.")
     stopped = sorted({task.device for task in facts.running_tasks if task.model is None})
     if stopped:
-        warnings.append(f"A task is stopped on {format_names(stopped)}.")
+        warnings.append(f"A task is stopped on {list_names(stopped)}.")
     return warnings
 
 
@@ -61,12 +62,12 @@ def list_unknowns(facts: EvidenceFacts) -> list[str]:
     if facts.rollouts:
         sentences.append("Window-by-window answers of two compared models: devices send only sums.")
     if facts.silent_devices:
-        sentences.append(f"The models on {format_names(facts.silent_devices)}: no report is stored.")
+        sentences.append(f"The models on {list_names(facts.silent_devices)}: no report is stored.")
     if facts.unverified:
         count = format_count(facts.unverified, "stored message")
         sentences.append(f"The content of {count} with an invalid signature, which this folder ignores.")
     if facts.broken_keys:
-        sentences.append(f"The key of {format_names(facts.broken_keys)}: the enrolled key is invalid.")
+        sentences.append(f"The key of {list_names(facts.broken_keys)}: the enrolled key is invalid.")
     if not facts.accuracy:
         sentences.append("Accuracy in operation: no labels arrived.")
     if not any(card.evaluated_at for card in facts.bundles.cards):
@@ -74,7 +75,7 @@ def list_unknowns(facts: EvidenceFacts) -> list[str]:
     unverified = [f"{card.name} {card.version}" for card in facts.bundles.cards if not card.signature_verified]
     if unverified:
         sentences.append(
-            f"The signer of {format_names(unverified)}: the publisher's key was not given (--publisher KEY)."
+            f"The signer of {list_names(unverified)}: the publisher's key was not given (--publisher KEY)."
         )
     if facts.audit["undeclared_gaps"]:
         sentences.append("The content of the missing messages.")

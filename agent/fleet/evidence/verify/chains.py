@@ -6,7 +6,8 @@ writes its log anew, cannot make the chain end in the digest that the head has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import chain
 
 import msgspec
 
@@ -138,7 +139,7 @@ class ChainChecker:
 
     def finish(self) -> None:
         """Report the commitments to messages that no run has."""
-        for commitment in self._iterate_unmatched():
+        for commitment in chain.from_iterable(self._commitments.values()):
             ref = commitment.ref
             is_omitted = commitment.source == MESSAGE and OMITTED_LINKS in self._manifest.omitted
             declared = self._declared.get((ref.device, ref.log), ())
@@ -176,10 +177,6 @@ class ChainChecker:
                     f"messages {first} to {last} of log {log[1]} of {log[0]} are missing, and no device declared that"
                 )
                 self._add_problem("chains/", problem)
-
-    def _iterate_unmatched(self) -> Iterable[Commitment]:
-        for commitments in self._commitments.values():
-            yield from commitments
 
     def _compare(self, ref: MessageRef, digest: str) -> None:
         for commitment in self._commitments.pop(ref, ()):

@@ -55,11 +55,7 @@ class StampChecker:
     """Checker of stamps. Add the stamps first, then call `check_date` for each message."""
 
     def __init__(
-        self,
-        manifest: EvidenceManifest,
-        chains: ChainChecker,
-        witnesses: Witnesses,
-        report: VerificationReport,
+        self, manifest: EvidenceManifest, chains: ChainChecker, witnesses: Witnesses, report: VerificationReport
     ) -> None:
         self._manifest, self._chains, self._witnesses, self._report = manifest, chains, witnesses, report
         self._devices = {key.owner for key in manifest.keys if key.role == "device"}

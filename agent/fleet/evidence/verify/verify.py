@@ -67,7 +67,7 @@ def verify(folder: Path, keys: list[PublicKey], witnesses: Witnesses | None = No
         file.path: file for file in head.files if file.path in present and reader.is_unaltered(folder, file, report)
     }
     report.files = len(unaltered)
-    _verify_contents(FolderReader(folder, unaltered, report), head, report, witnesses or Witnesses())
+    _verify_contents(FolderReader(folder, unaltered, report), head, witnesses or Witnesses())
     return report
 
 
@@ -90,24 +90,20 @@ def _read_manifest(folder: Path, keys: list[PublicKey], report: VerificationRepo
         return None
 
 
-def _verify_contents(
-    reader: FolderReader,
-    head: EvidenceManifest,
-    report: VerificationReport,
-    witnesses: Witnesses,
-) -> None:
+def _verify_contents(reader: FolderReader, head: EvidenceManifest, witnesses: Witnesses) -> None:
+    report = reader.report
     # First: of many problems, this one counts most.
-    _verify_audit(reader, report)
+    _verify_audit(reader)
     messages = {file.path for file in head.files if file.path.startswith("messages/")}
     chains = ChainChecker(head, report.add_problem)
     claims = ClaimChecker(head, chains, report.add_problem, messages_complete=messages <= set(reader.verified_files))
     stamps = StampChecker(head, chains, witnesses, report)
     for brought in [*witnesses.stamps, *_read_stamps(reader)]:
         stamps.add(brought)
-    _verify_messages(reader, head, claims, stamps, report)
+    _verify_messages(reader, head, claims, stamps)
     for number, record in reader.read_lines(contents.RETENTION_FILE, contents.RetentionRecord):
         chains.add_retention(f"{contents.RETENTION_FILE}:{number}", record.payload.encode(), record.jws)
-    _verify_chains(reader, head, chains, report, witnesses.heads)
+    _verify_chains(reader, head, chains, witnesses.heads)
     for number, decision in reader.read_lines("decisions.jsonl", contents.DecisionRecord):
         claims.check_decision(f"decisions.jsonl:{number}", decision)
     for i, incident in enumerate(reader.read_document("incidents.json", list[contents.Incident]) or []):
@@ -121,15 +117,14 @@ def _verify_contents(
         report.comparisons += 1
     claims.check_chains()
     report.decisions, report.unsupported = claims.decisions, claims.unsupported + chains.unsupported
-    published = _verify_repository(reader, head, report)
-    _verify_bundles(reader, head, published, report)
+    _verify_bundles(reader, head, _verify_repository(reader, head))
 
 
-def _verify_audit(reader: FolderReader, report: VerificationReport) -> None:
+def _verify_audit(reader: FolderReader) -> None:
     """Require that the audit of the database passed when the folder was made."""
     if "audit.json" not in reader.verified_files:
-        if not report.problem_count:
-            report.add_problem("audit.json", "is missing: nothing says that the database passed its audit")
+        if not reader.report.problem_count:
+            reader.report.add_problem("audit.json", "is missing: nothing says that the database passed its audit")
         return
     audit = reader.read_document("audit.json", contents.AuditVerdict)
     if audit is None:
@@ -143,12 +138,10 @@ def _verify_audit(reader: FolderReader, report: VerificationReport) -> None:
     wrong = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     if wrong or not audit.passed:
         problem = f"the audit of the database failed when this folder was made: {wrong or 'it gives no reason'}"
-        report.add_problem("audit.json", problem)
+        reader.report.add_problem("audit.json", problem)
 
 
-def _verify_bundles(
-    reader: FolderReader, head: EvidenceManifest, published: SignatureChain, report: VerificationReport
-) -> None:
+def _verify_bundles(reader: FolderReader, head: EvidenceManifest, published: SignatureChain) -> None:
     # Devices accept bundles signed by operators, too.
     publishers = {**_build_signers(head.keys, "publisher"), **_build_signers(head.keys, "operator")}
     for path in sorted(reader.verified_files):
@@ -157,16 +150,17 @@ def _verify_bundles(
         card = reader.read_document(path, contents.BundleCard)
         if card is None:
             continue
-        report.bundles += 1
+        reader.report.bundles += 1
         check_bundle(path, card, reader, publishers)
         for target in published.targets:
             if target.digest == card.digest and (target.name, target.version) != (card.name, card.version):
                 problem = f"names {card.name} {card.version}, but {target.role} signed {target.name} {target.version}"
-                report.add_problem(path, problem)
+                reader.report.add_problem(path, problem)
 
 
-def _verify_repository(reader: FolderReader, head: EvidenceManifest, report: VerificationReport) -> SignatureChain:
+def _verify_repository(reader: FolderReader, head: EvidenceManifest) -> SignatureChain:
     """Return the verified signatures; empty if a metadata file is altered or missing, which is reported already."""
+    report = reader.report
     paths = [file.path for file in head.files if file.path.startswith(_METADATA_FOLDER)]
     if any(path not in reader.verified_files for path in paths):
         return SignatureChain()
@@ -198,13 +192,8 @@ def _read_stamps(reader: FolderReader) -> Iterator[Stamp]:
         yield Stamp(path, heads, request, response)
 
 
-def _verify_messages(
-    reader: FolderReader,
-    head: EvidenceManifest,
-    claims: ClaimChecker,
-    stamps: StampChecker,
-    report: VerificationReport,
-) -> None:
+def _verify_messages(reader: FolderReader, head: EvidenceManifest, claims: ClaimChecker, stamps: StampChecker) -> None:
+    report = reader.report
     devices = _DeviceKeys(head.keys)
     for path in sorted(path for path in reader.verified_files if path.startswith("messages/")):
         for number, line in reader.read_lines(path, contents.SignedMessage):
@@ -227,11 +216,7 @@ def _verify_messages(
 
 
 def _verify_chains(
-    reader: FolderReader,
-    head: EvidenceManifest,
-    chains: ChainChecker,
-    report: VerificationReport,
-    heads: Sequence[tuple[str, bytes]],
+    reader: FolderReader, head: EvidenceManifest, chains: ChainChecker, heads: Sequence[tuple[str, bytes]]
 ) -> None:
     for name, data in heads:
         chains.add_witness(name, data)
@@ -245,8 +230,8 @@ def _verify_chains(
         for number, run in reader.read_lines(path, contents.ChainRun):
             chains.add_run(f"{path}:{number}", run)
     chains.finish()
-    report.chained_messages, report.gaps = chains.links, chains.gaps
-    report.witnesses = chains.witnesses
+    report = reader.report
+    report.chained_messages, report.gaps, report.witnesses = chains.links, chains.gaps, chains.witnesses
 
 
 class _DeviceKeys:
