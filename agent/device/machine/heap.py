@@ -9,13 +9,13 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # The most that glibc takes, on 64 bits.
-_KEPT_BYTES = 32 << 20
+_MAX_FREE_BYTES = 32 << 20
 
 
 def keep_free() -> None:
     """Have the heap keep freed arrays: fresh pages take a fifteenth of a batch's processor time."""
-    if _mallopt is not None and _mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES):
-        _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    if _mallopt is not None and _mallopt(_M_MMAP_THRESHOLD, _MAX_FREE_BYTES):
+        _mallopt(_M_TRIM_THRESHOLD, _MAX_FREE_BYTES)
 
 
 def release_free() -> None:
