@@ -18,8 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
-class _Quantity(click.ParamType):  # type: ignore[type-arg]
-    """A number with its unit."""
+class _Parsed(click.ParamType):  # type: ignore[type-arg]
+    """A value with a unit or of a time, parsed from text by a function that raises ValueError."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name, self._parse = name, parse
@@ -31,7 +31,22 @@ class _Quantity(click.ParamType):  # type: ignore[type-arg]
             raise UsageError(f"{param.opts[0] if param else self.name}: {error}") from None
 
 
-DURATION, SIZE = _Quantity("time", parse_duration), _Quantity("size", parse_size)
+def _parse_moment(text: str) -> str:
+    try:
+        return clock.to_rfc3339(clock.read().wall_us - int(float(parse_duration(text)) * 1e6))
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f'{text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    return clock.to_rfc3339(int(moment.timestamp() * 1e6))
+
+
+DURATION, SIZE = _Parsed("time", parse_duration), _Parsed("size", parse_size)
+# A time, or the time a duration ago, as RFC 3339.
+MOMENT = _Parsed("time", _parse_moment)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 config_option = click.option(
     "-c",
@@ -65,17 +80,3 @@ require_clean_option = click.option(
     is_flag=True,
     help="Exit code 1 if the check for poisoning has a finding, or too few labels to run.",
 )
-
-
-def parse_since(option: str, text: str, now_us: int) -> str:
-    """Return a time, or the time a duration ago, as RFC 3339. Raises UsageError."""
-    try:
-        return clock.to_rfc3339(now_us - int(float(parse_duration(text)) * 1e6))
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f'{option} {text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    return clock.to_rfc3339(int(moment.timestamp() * 1e6))

@@ -35,8 +35,8 @@ p{margin:0 0 12px;max-width:72ch}
 .card>svg{margin-top:8px}
 .tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));margin:20px 0 8px}
 .tile{border:1px solid var(--grid);border-radius:10px;padding:12px 16px;background:var(--panel)}
-.tile{display:flex;flex-direction:column;justify-content:space-between}
-.tile b{display:block;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile{display:flex;flex-direction:column}
+.tile b{display:block;margin-top:auto;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{display:block;font-size:13px;color:var(--muted)}
 .notice{border-left:4px solid var(--drift);background:var(--drift-band);border-radius:6px}
 .notice{padding:10px 16px;margin:16px 0}

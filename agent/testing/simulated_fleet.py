@@ -173,8 +173,8 @@ def _read_scenario(
         file.write_text(given, encoding="utf-8")
     else:
         file.write_text(setup.render_toml({"duration": _DEFAULT_DURATION, **(given or {})}), encoding="utf-8")
-    tasks, groups = [*chosen.config.tasks], chosen.config.device.groups
-    return scenario.load(file, chosen.fields, tasks, devices, groups, chosen.optional_fields)
+    groups = chosen.config.device.groups
+    return scenario.load(file, chosen.fields, chosen.batch_s, devices, groups, chosen.optional_fields)
 
 
 def _shorten(document: dict[str, Any]) -> str:

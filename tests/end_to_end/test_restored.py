@@ -30,7 +30,7 @@ def logs(fleet: LocalFleet) -> list[str]:
 
 
 def test_a_data_folder_restored_from_an_image_begins_a_new_log(fleet: LocalFleet, tmp_path: Path) -> None:
-    device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 40).add_task("exercise").start_and_wait()
+    device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 20).add_task("exercise").start_and_wait()
     wait_until("results at the collector", lambda: fleet.last_result_row("pi-01") > 100)
     assert device.stop() == 0
     shutil.copytree(device.data_dir, tmp_path / "image", ignore=shutil.ignore_patterns("intake.sock"))
@@ -56,7 +56,7 @@ def test_a_data_folder_restored_from_an_image_begins_a_new_log(fleet: LocalFleet
 
 
 def test_a_damaged_store_is_salvaged_and_the_audit_passes(fleet: LocalFleet) -> None:
-    device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 40).add_task("exercise").start_and_wait()
+    device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 20).add_task("exercise").start_and_wait()
     wait_until("results at the collector", lambda: fleet.last_result_row("pi-01") > 100)
     # Stopped once, so that most of it is in the database and not in its log.
     assert device.stop() == 0

@@ -58,7 +58,7 @@ def device(fleet: LocalFleet, offered: dict[str, Path]) -> DeviceProcess:
         made.config.read_text(encoding="utf-8").replace('id = "pi-01"', 'id = "pi-01"\ngroups = ["roof"]'),
         encoding="utf-8",
     )
-    return made.add_replay_stream(10**9, 40).add_task("exercise", schedule="every 300 ms").start_and_wait()
+    return made.add_replay_stream(10**9, 20).add_task("exercise", schedule="every 300 ms").start_and_wait()
 
 
 def desire(fleet: LocalFleet, folder: Path, strategy: str, rollout: str, topic: str, batches: int = 5) -> None:

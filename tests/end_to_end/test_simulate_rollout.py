@@ -51,7 +51,7 @@ def rolled(home: Path, bundle: str, strategy: str, *options: str) -> tuple[int, 
     trials.make_bundle(bundle, home, key)
     last = "" if strategy == "all" else '[[steps]]\nstrategy = "all"'
     (home / "plan.toml").write_text(PLAN.format(bundle=bundle, strategy=strategy, last=last), encoding="utf-8")
-    arguments = ("--devices", "3", "--speed", "20", "--rollout", str(home / "plan.toml"), "--json")
+    arguments = ("--devices", "3", "--speed", "8", "--rollout", str(home / "plan.toml"), "--json")
     limit = ("--duration", str(LIMIT_S))
     done = simulate(home / "it", *arguments, *limit, "--publisher", key.public.text, *options, timeout_s=LIMIT_S + 60)
     assert done.stdout, done.stderr

@@ -36,7 +36,7 @@ def test_a_rough_day_over_a_real_broker_loses_nothing(tmp_path: Path, outstation
     folder = tmp_path / "run"
     folder.mkdir()
     chosen = setup.load(None, folder, {}, {}, ())
-    read = scenario.load(file, chosen.fields, ["exercise"])
+    read = scenario.load(file, chosen.fields, chosen.batch_s)
     url = f"mqtt://127.0.0.1:{outstation_broker.port}"
     with contextlib.closing(Simulation(folder, read, chosen, broker=url, speed=20.0)) as simulation:
         outcome = simulation.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from msgspec.structs import replace
 
 from agent.authoring import pack
 from agent.errors import ConfigError, UsageError
+from agent.fleet.rollout import actions
+from agent.fleet.rollout import plan as plans
 from agent.model.bundle import builtin
 from agent.testing.broker import MosquittoBroker
 from agent.testing.simulated_fleet import SimulatedFleet
@@ -22,6 +25,7 @@ from agent.testing.simulation.page import render
 from agent.testing.simulation.runner import Simulation
 from scripts.kit.bundles import CLASSIFY, KEY, LABELS, packed, write_spec
 from scripts.rollout_trials import trials
+from tests.kit.stations import ROOT
 
 pytestmark = pytest.mark.process
 # Of the two devices, hall-02 is in the first half.
@@ -141,7 +145,7 @@ def run_over_broker(
     folder.mkdir()
     chosen = setup.load(config, folder, {}, {name: (file, ()) for name, file in recordings.items()}, ())
     (folder / "scenario.toml").write_text(setup.render_toml(described))
-    read = scenario.load(folder / "scenario.toml", chosen.fields, ["tiny"])
+    read = scenario.load(folder / "scenario.toml", chosen.fields, chosen.batch_s)
     with contextlib.closing(Simulation(folder, read, chosen, broker=broker, speed=30.0)) as simulation:
         return report.build(read, simulation.run(), simulation.store)
 
@@ -211,10 +215,10 @@ def test_a_bad_candidate_is_rolled_back_in_real_time_over_a_real_broker(
 def test_a_rollout_that_lacks_evidence_is_held_and_another_end_fails_the_run(
     simulate: Callable[..., dict[str, Any]],
 ) -> None:
-    document = simulate("a", "good", plan=PLAN.replace("min_batches = 12", "min_batches = 100"))
+    document = simulate("a", "good", events=[{"kind": "silence", "at": "90 s", "stream": "sensor"}])
     [rollout] = document["rollouts"]
     assert (document["passed"], rollout["outcome"], rollout["ended"]) == (False, "held", None)
-    assert "devices with 100 batches: 0 of 1" in rollout["why"]
+    assert "devices with 12 batches: 0 of 1" in rollout["why"]
     assert "Roll-out tiny-1-1 is held; expected is completed." in render(document)
 
 
@@ -275,10 +279,29 @@ def test_a_step_that_selects_nobody_of_a_group_stops_the_run_before_it_starts(
 def test_a_roll_out_that_cannot_be_completed_in_time_stops_the_run_before_it_starts(
     simulate: Callable[..., dict[str, Any]],
 ) -> None:
-    plan = PLAN[: PLAN.rindex("min_hours")] + "min_hours = 1.0\n"
-    with pytest.raises(ConfigError, match=r"events\[0\]\.at: min_hours of plan\.toml sum up to 1 h 04 min, and 9 min"):
-        simulate("a", "good", plan=plan)
-    assert simulate("b", "good", plan=plan, ends="held", duration="2 min")["rollouts"][0]["outcome"] == "held"
+    hours, batches = (
+        PLAN[: PLAN.rindex("min_hours")] + "min_hours = 1.0\n",
+        PLAN.replace("min_batches = 12", "min_batches = 20"),
+    )
+    for folder, plan, least in (("a", hours, "1 h 04 min"), ("b", batches, "10 min 00 s")):
+        with pytest.raises(
+            ConfigError, match=rf"events\[0\]\.at: the roll-out takes at least {least} .* and 9 min 00 s"
+        ):
+            simulate(folder, "good", plan=plan)
+    assert simulate("c", "good", plan=hours, ends="held", duration="2 min")["rollouts"][0]["outcome"] == "held"
+
+
+def test_the_plan_of_the_guide_fits_the_scenario_that_the_guide_names(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "guides" / "simulate.md").read_text(encoding="utf-8")
+    [plan] = re.findall(r"<!-- file: plan.toml -->\n```toml\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    at, duration = re.findall(r'With `at = "(.*?)"` and `duration = "(.*?)"` it is completed', guide)[0]
+    (tmp_path / "plan.toml").write_text(plan)
+    (tmp_path / "mymodel-2").mkdir()
+    head = f'duration = "{duration}"\n[groups.hall]\ndevices = 6\n[[events]]\nkind = "rollout"\n'
+    (tmp_path / "scenario.toml").write_text(f'{head}at = "{at}"\nplan = "plan.toml"\n')
+    read = scenario.load(tmp_path / "scenario.toml", {"mymodel": ["a"]}, {"mymodel": 60.0})
+    chosen = plans.read(tmp_path / "plan.toml").to_plan("mymodel", "2", "sha256:" + "0" * 64)
+    actions.require_selection(chosen, [*read.device_names()])
 
 
 def test_a_scenario_with_rejected_labels_only_fails(simulate: Callable[..., dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ _FIELDS = {"watch": ["ax", "ay", "az", "wx", "wy", "wz"]}
 def read(folder: Path, text: str) -> Scenario:
     file = folder / "scenario.toml"
     file.write_text(text, encoding="utf-8")
-    return scenario.load(file, _FIELDS, ["exercise"])
+    return scenario.load(file, _FIELDS, {"exercise": 60.0})
 
 
 def simulate(folder: Path, text: str) -> tuple[Outcome, dict[str, Any]]:
@@ -213,9 +213,9 @@ def test_no_field_is_missing_that_every_row_must_have(tmp_path: Path) -> None:
     file = tmp_path / "scenario.toml"
     file.write_text('duration = "1 h"\nevents = [{ kind = "missing", at = "2 s", fields = ["ax", "ay"] }]')
     with pytest.raises(ConfigError, match=r"events\[0\]\.fields: watch\.ay is not optional, so rows") as caught:
-        scenario.load(file, _FIELDS, ["exercise"], optional={"watch": ["ax"]})
+        scenario.load(file, _FIELDS, {"exercise": 60.0}, optional={"watch": ["ax"]})
     assert str(caught.value).endswith('set [streams.watch] fields = [{ name = "ay", optional = true }, …]')
-    assert scenario.load(file, _FIELDS, ["exercise"], optional={"watch": ["ax", "ay"]}).events
+    assert scenario.load(file, _FIELDS, {"exercise": 60.0}, optional={"watch": ["ax", "ay"]}).events
 
 
 @pytest.mark.parametrize(("stream", "is_accepted"), [("a", True), ("b", False), ("", False)])
@@ -226,7 +226,7 @@ def test_a_field_that_only_another_stream_may_lack_is_never_missing(
     event = f'{{ kind = "missing", at = "2 s", stream = "{stream}", fields = ["x"] }}'
     file.write_text(f'duration = "1 h"\nevents = [{event}]')
     with contextlib.nullcontext() if is_accepted else pytest.raises(ConfigError, match=r"b\.x is not optional"):
-        scenario.load(file, {"a": ["x"], "b": ["x"]}, ["exercise"], optional={"a": ["x"], "b": []})
+        scenario.load(file, {"a": ["x"], "b": ["x"]}, {"exercise": 60.0}, optional={"a": ["x"], "b": []})
 
 
 def test_a_recording_without_the_fields_of_the_stream_is_named(tmp_path: Path) -> None:

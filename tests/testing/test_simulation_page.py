@@ -100,6 +100,18 @@ def test_devices_with_the_same_phases_of_a_rollout_share_a_row() -> None:
     assert "hall-1001" in text
 
 
+def test_a_report_of_roll_outs_alone_counts_them_and_names_each_phase_once() -> None:
+    report = _report("x")
+    report["events"] = report["events"][1:]
+    phases = [{"phase": phase, "at": at} for phase, at in (("canary", 60.0), ("active", 120.0), ("active", 180.0))]
+    report["rollouts"][0]["devices"] = [{"device": "x", "runs": "1.1.0", "phases": phases, "why": "done"}]
+    text = _parse(render(report)).text
+    assert "roll-outs as expected0 of 1" in text
+    assert "expected and found" not in text
+    assert "canary 1 min, active 2 min" in text
+    assert "3 min" not in text
+
+
 def test_the_outcome_of_a_rollout_is_a_warning_only_where_another_was_expected() -> None:
     report = _report("x")
     for ends, state in (("rolled-back", "ok"), ("completed", "warning")):

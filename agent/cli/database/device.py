@@ -12,7 +12,7 @@ from agent import clock
 from agent.bootstrap import device
 from agent.cli.database.inspection import add_commands, open_database
 from agent.cli.groups import SentenceGroup
-from agent.cli.options import config_option, config_options, parse_since
+from agent.cli.options import MOMENT, config_option, config_options
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.config import StreamConfig
 from agent.config.streams import NO_STREAM
@@ -31,8 +31,8 @@ def database_group() -> None:
 
 @database_group.command(epilog='Example: outstation db readings watch --since "2 h" --csv > watch.csv')
 @click.argument("stream")
-@click.option("--since", metavar="TIME", help='Only readings of this time or later: "2 h", 2026-11-24 or a time.')
-@click.option("--until", metavar="TIME", help="Only readings before this time.")
+@click.option("--since", type=MOMENT, help='Only readings of this time or later: "2 h", 2026-11-24 or a time.')
+@click.option("--until", type=MOMENT, help="Only readings before this time.")
 @csv_option
 @config_options
 def readings(
@@ -43,15 +43,12 @@ def readings(
     file, conf = device.load_config(config_file)
     if stream not in conf.streams:
         raise UsageError(f"{file}: there is no stream {stream!r}{did_you_mean(stream, conf.streams, NO_STREAM)}")
-    now_us = clock.read().wall_us
-    begin = parse_since("--since", since, now_us) if since else ""
-    end = parse_since("--until", until, now_us) if until else "~"
     settings = conf.streams[stream]
     names = [field.name for field in settings.fields]
     with device.open_store_read_only(conf) as store:
         cells = (
             [row["row"], row["time"], row["clock"], *row["values"].values()]
-            for row in _iterate_readings(store, stream, settings, begin, end)
+            for row in _iterate_readings(store, stream, settings, since or "", until or "~")
         )
         print_rows(["row", "time", "clock", *names], cells, as_csv=as_csv, as_json=as_json)
 

@@ -11,7 +11,7 @@ import click
 
 from agent.cli.fleet import drift_report as report
 from agent.cli.fleet.common import database_options, open_for_reading, processes_option, progress_bar
-from agent.cli.options import PATH, dark_option, parse_since, plot_option
+from agent.cli.options import MOMENT, PATH, dark_option, plot_option
 from agent.cli.output import echo_wrapped, emit, require_plot_format
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--device", metavar="D", help="Only this device, compared with its fleet.")
 @click.option("--task", metavar="T", help="Only this task.")
 @click.option(
-    "--since", metavar="TIME", help='Only windows since "24 h", "7 d", 2026-11-24 or 2026-11-24T22:18:00Z; default all.'
+    "--since", type=MOMENT, help='Only windows since "24 h", "7 d", 2026-11-24 or 2026-11-24T22:18:00Z; default all.'
 )
 @plot_option
 @dark_option
@@ -52,23 +52,22 @@ def drift(
 
     require_plot_format(plot)
     now_us = time.time_ns() // 1000
-    begin = None if since is None else parse_since("--since", since, now_us)
     _, store = open_for_reading(home, db, device)
     with progress_bar("reading", count_drift_messages(store)) as advance:
-        survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance, processes=processes)
+        survey = summarize_drift(store, task=task, since=since, now_us=now_us, progress=advance, processes=processes)
     if task is not None and not survey.groups and (tasks := list_drift_tasks(store)) and task not in tasks:
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
     alone = None
     if device is not None:
         survey.groups = [group for group in survey.groups if device in group.devices]
-        alone = summarize_device(store, device, task=task, since=begin, now_us=now_us)
+        alone = summarize_device(store, device, task=task, since=since, now_us=now_us)
     known = load_references(bundles)
     document = report.build_document(survey, alone, {digest: reference for digest, (_, reference) in known.items()})
     if plot is not None:
         from agent.cli.device.drift_plot import save
         from agent.cli.fleet.drift_plot import build_plot
 
-        save(build_plot(store, survey, device, begin, known), plot, dark=dark)
+        save(build_plot(store, survey, device, since, known), plot, dark=dark)
         document["plot"] = str(plot)
 
     def print_report() -> None:

@@ -19,14 +19,13 @@ from agent.cli.fleet.common import (
     progress_bar,
 )
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
-from agent.cli.options import PATH, by_option, note_option
+from agent.cli.options import DURATION, PATH, by_option, note_option
 from agent.cli.output import emit, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import IncidentKey
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident, IncidentFilter
-from agent.quantities import parse_duration
 from agent.text import pluralize
 
 if TYPE_CHECKING:
@@ -205,12 +204,20 @@ def acknowledge(**options: Any) -> None:
 
 @alerts.command("mute", epilog="Example: outstation fleet alerts mute 3f9a --for '8 h'")
 @click.argument("ref", metavar="INCIDENT")
-@click.option("--for", "duration", metavar="TIME", help="For this long, such as '8 h' or '3 d'.")
+@click.option("--for", "duration_s", type=DURATION, help="For this long, such as '8 h' or '3 d'.")
 @click.option("--until", metavar="TIME", help="Until a time, RFC 3339, such as 2026-12-24T08:00:00Z.")
 @_incident_options
-def mute(duration: str | None, until: str | None, **options: Any) -> None:
+def mute(duration_s: float | None, until: str | None, **options: Any) -> None:
     """Suppress notifications of an alert for a time; without one, until `unmute`."""
-    _change("muted", incidents.mute, until=_parse_end(duration, until), **options)
+    if duration_s is not None and until is not None:
+        raise UsageError("--for and --until name the same thing; give one of them")
+    try:
+        end = None if until is None else clock.to_rfc3339(clock.parse_rfc3339(until))
+    except ValueError as error:
+        raise UsageError(f"--until {until}: {error}; write 2026-12-24T08:00:00Z") from None
+    if duration_s is not None:
+        end = clock.to_rfc3339(clock.read().wall_us + round(duration_s * 1e6))
+    _change("muted", incidents.mute, until=end, **options)
 
 
 @alerts.command("unmute", epilog="Example: outstation fleet alerts unmute 3f9a")
@@ -238,19 +245,6 @@ def _change(
         incident = incidents.find_incident(store, ref, now=clock.now_rfc3339())
         change(store, incident, by=by, note=note, now=clock.now_rfc3339(), **members)
     _report(action, incident, {"by": by, "note": note, **members}, as_json)
-
-
-def _parse_end(duration: str | None, until: str | None) -> str | None:
-    """Return the end of a mute as RFC 3339; None for no end. Raises UsageError."""
-    if duration is not None and until is not None:
-        raise UsageError("--for and --until name the same thing; give one of them")
-    try:
-        if duration is not None:
-            return clock.to_rfc3339(clock.read().wall_us + round(parse_duration(duration) * 1e6))
-        return None if until is None else clock.to_rfc3339(clock.parse_rfc3339(until))
-    except ValueError as error:
-        given = f"--until {until}" if duration is None else f"--for {duration}"
-        raise UsageError(f"{given}: {error}; write 2026-12-24T08:00:00Z, or '8 h'") from None
 
 
 def _report(action: str, incident: Incident, members: dict[str, Any], as_json: bool) -> None:

@@ -70,9 +70,9 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> None:
         stream: _split_columns(file) for stream, file in (_split("--recording", text) for text in options.recordings)
     }
     setup = setups.load(options.config_file, home, bundles, recordings, options.publishers)
-    tasks, groups = list(setup.config.tasks), setup.config.device.groups
+    groups = setup.config.device.groups
     scenario = scenarios.load(
-        options.scenario_file, setup.fields, tasks, options.devices, groups, setup.optional_fields
+        options.scenario_file, setup.fields, setup.batch_s, options.devices, groups, setup.optional_fields
     )
     if options.seed is not None:
         scenario = msgspec.structs.replace(scenario, seed=options.seed)

@@ -52,7 +52,7 @@ def start(
     """
     topic = plan.desired_topic(operator.fleet)
     _require_new(db, plan, str(topic))
-    require_reachable(db, plan)
+    _require_reachable(db, plan)
     if plan.deadline is not None and clock.parse_rfc3339(plan.deadline) <= operator.now_us:
         raise UsageError(f"roll-out {plan.name}: its deadline {plan.deadline} has passed; set a later one")
     if force_reason is None:
@@ -189,16 +189,16 @@ def _require_new(db: Connection, plan: RolloutPlan, topic: str) -> None:
             )
 
 
-def require_reachable(db: Connection, plan: RolloutPlan, members: Sequence[str] | None = None) -> None:
-    """Raise UsageError if a step selects fewer devices than must report: it would wait for ever.
-
-    `members`: the devices of the target; without them enrolled ones, and any number of a group.
-    """
+def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
+    """Raise UsageError if a step can never end. Of a group any number of devices may come."""
     kind, _, target = plan.target.partition(":")
-    if members is None:
-        if kind == "group":
-            return
-        members = [device for device in rollouts.list_active_devices(db) if kind == "all" or device == target]
+    if kind != "group":
+        enrolled = rollouts.list_active_devices(db)
+        require_selection(plan, [device for device in enrolled if kind == "all" or device == target])
+
+
+def require_selection(plan: RolloutPlan, members: Sequence[str]) -> None:
+    """Raise UsageError if a step selects fewer of the target's devices than must report: it would wait for ever."""
     if not members:
         raise UsageError(f"roll-out {plan.name}: target {plan.target} matches no enrolled device")
     ranks = sorted(rollout_bucket(plan.name, device) for device in members)

@@ -93,11 +93,14 @@ class RolloutPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return topics.Topic(fleet, topics.DEVICE_GROUP, "desired", name)
         return topics.Topic(fleet, topics.ALL_DEVICES if kind == "all" else name, "desired")
 
-    @property
-    def least_hours(self) -> float:
-        """Hours that the roll-out takes at least; in the last step each device tries the bundle by its own rules."""
-        *hours, last = (step.promote.min_hours for step in self.steps)
-        return sum(hours) + max(last, self.device_rules.min_hours)
+    def least_hours(self, batch_s: float) -> float:
+        """Return how long the roll-out takes at least, with a batch each `batch_s` seconds.
+
+        In the last step each device tries the bundle by its own rules.
+        """
+        rules: list[Promotion | CanaryRules] = [*(step.promote for step in self.steps), self.device_rules]
+        *hours, last, on_device = (max(rule.min_hours, rule.min_batches * batch_s / 3600) for rule in rules)
+        return sum(hours) + max(last, on_device)
 
     def desired_for_step(self, step: int) -> DesiredBundle:
         """Return the desired state at a step, counted from 1."""

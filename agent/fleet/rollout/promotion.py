@@ -305,6 +305,8 @@ def _find_blockers(
     blockers = []
     if reporting < needed:
         waits = f"; missing {_list_devices(lacking)}" if lacking else ""
+        if (known := len(devices.selected)) < needed:
+            waits += f"; this step selects {pluralize(known, 'device')} that responded"
         blockers.append(f"devices with {promote.min_batches} batches: {reporting} of {needed}{waits}")
     if hours < promote.min_hours:
         blockers.append(f"{format_span(math.ceil(3600 * (promote.min_hours - hours)))} more")

@@ -49,7 +49,7 @@ class Operator:
         self._home, self._fleet, self._air, self._broker = home, config.fleet.name, air, broker
         self.public_keys = load_trusted_keys(config)
         self.refusals: dict[str, str] = {}
-        self._store, self.prepared = store, dict[str, PreparedRollout]()
+        self.prepared: dict[str, PreparedRollout] = {}
         air.client_conditions[_CLIENT] = LinkConditions()
         key = keys.load_private(home / "operator.key")
         self._publisher = RolloutPublisher(store, self._fleet, home, key, self._connect)
@@ -67,8 +67,7 @@ class Operator:
         resolved = bundles.resolve(file, bundle, self._home)
         if any(resolved.name == other.plan.name for other in self.prepared.values()):
             raise UsageError(f"{event.plan}: rollout.name: {resolved.name!r} is the name of another roll-out, too")
-        with self._store.snapshot() as db:
-            actions.require_reachable(db, resolved, devices)
+        actions.require_selection(resolved, devices)
         self.prepared[event.plan] = PreparedRollout(resolved, bundle)
 
     def start(self, event: Rollout, homes: Iterable[Path]) -> None:

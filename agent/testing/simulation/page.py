@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,16 @@ def render(report: Mapping[str, Any]) -> str:
     expected = [event for event in report["events"] if event["expects"]]
     answered = sum(len(event["found"]) for event in expected)
     alarms = report["false_alarms"]
+    rolled = report["rollouts"]
+    answers = {
+        "expected and found": (answered, sum(len(event["devices"]) or 1 for event in expected)),
+        "roll-outs as expected": (sum(rollout["passed"] for rollout in rolled), len(rolled)),
+    }
     tiles = {
-        "expected and found": f"{answered} of {sum(len(event['devices']) or 1 for event in expected)}",
+        **{name: f"{n} of {whole}" for name, (n, whole) in answers.items() if whole},
         f"false alarms, budget {alarms['budget']}": f"{alarms['n']}",
         "audit": "passed" if report["audit"]["passed"] else "failed",
         "messages": f"{report['messages']:,}",
-        "messages a second": f"{report['messages_per_second']:,.0f}",
         "peak memory": f"{report['peak_bytes'] / 2**20:,.0f} MiB",
     }
     chart = _build_timeline(events, max(float(report["simulated_seconds"]), 1.0))
@@ -84,6 +89,11 @@ def _short_span(seconds: float) -> str:
 def _group_devices(devices: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for the devices that run the same version after the same phases, the smallest group first."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    # A device reports a phase again when its step changes.
+    devices = [
+        {**device, "phases": [next(same) for _, same in groupby(device["phases"], lambda each: each["phase"])]}
+        for device in devices
+    ]
     for device in devices:
         groups.setdefault((device["runs"], *(each["phase"] for each in device["phases"])), []).append(device)
     rows = []

@@ -326,12 +326,14 @@ class Scenario(Section, frozen=True, kw_only=True):
 def load(
     file: Path,
     fields: dict[str, list[str]],
-    tasks: Sequence[str],
+    tasks: Mapping[str, float],
     devices: int | None = None,
     groups: Sequence[str] = (),
     optional: Mapping[str, Collection[str]] | None = None,
 ) -> Scenario:
-    """Read a scenario; `fields` by stream, names of `tasks` and `groups` of the config. Raises ConfigError.
+    """Read a scenario; `fields` by stream, `groups` of the config. Raises ConfigError.
+
+    `tasks`: least seconds between two batches by name, 0 if unknown.
 
     `devices` replaces the number of devices of the only group. `optional`: by stream, if known.
     """
@@ -357,7 +359,7 @@ def load(
 
 
 def _resolve_rollout(
-    scenario: Scenario, file: Path, key: str, event: Rollout, tasks: Sequence[str], groups: Sequence[str]
+    scenario: Scenario, file: Path, key: str, event: Rollout, tasks: Mapping[str, float], groups: Sequence[str]
 ) -> Rollout:
     """Return a roll-out with its task and the devices that its plan selects. Raises ConfigError."""
     if event.devices or event.group or event.lasts is not None or event.task:
@@ -382,21 +384,20 @@ def _resolve_rollout(
     if name not in known:
         problem = f"no {kind} {name!r} in the scenario{did_you_mean(name, known)}"
         raise plan.config_error("rollout.target", problem)
-    least_s, left_s = 3600 * draft.least_hours, scenario.duration - event.at
+    least_s, left_s = 3600 * draft.least_hours(tasks[draft.task]), scenario.duration - event.at
     if event.ends == "completed" and least_s >= left_s > 0:
         problem = (
-            f"min_hours of {plan.source.name} sum up to {format_span(least_s)}, and {format_span(left_s)} are left"
+            f"the roll-out takes at least {format_span(least_s)} by min_hours and min_batches of {plan.source.name}, "
+            f'and {format_span(left_s)} are left; raise `duration`, lower these rules, or write ends = "held"'
         )
-        raise ConfigError(
-            str(file), f"{key}.at", f'{problem}; raise `duration` or lower min_hours, or write ends = "held"'
-        )
+        raise ConfigError(str(file), f"{key}.at", problem)
     # Every device is in the groups of the config.
     group = name if kind == "group" and name not in groups else ""
     devices = [name] if kind == "device" else []
     return msgspec.structs.replace(event, plan=str(plan.source), devices=devices, group=group, task=draft.task)
 
 
-def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Sequence[str]) -> None:
+def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Collection[str]) -> None:
     """Check a scenario against streams and tasks. Raises ConfigError."""
     try:
         start_us = scenario.start_us

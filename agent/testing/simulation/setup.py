@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         """Streams that each task reads."""
         tasks = self.config.tasks.items()
         return {name: [task.stream, *(joined.stream for joined in task.inputs.values())] for name, task in tasks}
+
+    @property
+    def batch_s(self) -> dict[str, float]:
+        """Least seconds from one batch of each task to the next, 0 where its schedule is no plain interval."""
+        intervals = {}
+        for name, task in self.config.tasks.items():
+            with suppress(ValueError):
+                intervals[name] = config.parse_duration(task.schedule.removeprefix("every "))
+        return {name: intervals.get(name, 0.0) for name in self.config.tasks}
 
     @property
     def class_tasks(self) -> list[str]:

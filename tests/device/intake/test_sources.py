@@ -338,13 +338,37 @@ def test_a_rejected_last_line_that_was_whole_is_not_rejected_again(
 
 
 @pytest.mark.usefixtures("quick")
+def test_files_that_could_not_be_moved_are_ingested_once_the_folder_is_writable_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, refused = WatchedFolder.claim, []
+
+    def claim_if_permitted(self: WatchedFolder, name: str) -> str:
+        # Root is refused nothing, so the mode only stands for a refusal.
+        if not (tmp_path / "in").stat().st_mode & 0o055:
+            refused.append(name)
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return claim(self, name)
+
+    monkeypatch.setattr(WatchedFolder, "claim", claim_if_permitted)
+    with watching(tmp_path) as station:
+        (tmp_path / "in").chmod(0o700)
+        put(tmp_path, "a.csv", range(10))
+        wait_until("a refusal", lambda: bool(refused))
+        (tmp_path / "in").chmod(0o755)
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
+        assert taken(station) == list(range(10))
+
+
+@pytest.mark.usefixtures("quick")
 def test_small_files_share_commits_in_the_order_of_their_names(tmp_path: Path) -> None:
     for n in range(48):
         put(tmp_path, f"{n:02}.csv", range(10 * n, 10 * n + 10))
-    put(tmp_path, "24.csv", [*range(240, 30_240)])
-    with watching(tmp_path, commit_every_s=0.5) as station:
+    long = [*range(240, 20_240)]
+    put(tmp_path, "24.csv", long)
+    with watching(tmp_path, commit_every_s=0.2) as station:
         wait_until("all in done/", lambda: done_are(tmp_path, 48))
-        assert taken(station) == [*range(240), *range(240, 30_240), *range(250, 480)]
+        assert taken(station) == [*range(240), *long, *range(250, 480)]
         commits = station.store._fetch_one("SELECT count(DISTINCT boot_us) FROM chunks")
     assert commits is not None
     assert commits[0] < 24

@@ -187,7 +187,7 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
 
 
 def test_the_running_daemon_applies_local_and_remote_requests(fleet: LocalFleet) -> None:
-    device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
+    device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 10).add_task("exercise").start_and_wait()
     done = call_outstation("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
     assert json.loads(done.stdout)["taken_up"]
     sent = call_outstation(

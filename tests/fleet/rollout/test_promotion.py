@@ -383,6 +383,7 @@ def test_a_group_needs_min_devices_among_responding_ones(six: Fleet) -> None:
     six.in_shadow(six.senders[:2])
     seen = six.look()
     assert (len(seen.devices.selected), seen.verdict.needed, seen.verdict.reporting) == (2, 3, 2)
+    assert "devices with 20 batches: 2 of 3; this step selects 2 devices that responded" in seen.verdict.blockers
     six.in_shadow(six.senders[2:3], 12)
     assert six.look().verdict.outcome == "promote"
 

@@ -11,7 +11,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines
-from agent.cli.options import PATH, json_option, parse_since, require_clean_option
+from agent.cli.options import MOMENT, PATH, json_option, require_clean_option
 from agent.cli.output import NOT_CLEAN, echo, emit
 from agent.text import pluralize
 
@@ -32,9 +32,9 @@ def dataset() -> None:
 )
 @click.option("--task", metavar="T", required=True, help="Task whose samples, labels and verdicts are joined.")
 @click.option("--out", metavar="DIR", required=True, type=PATH, help="New folder.")
-@click.option("--at", metavar="TIME", help="Use only what was known at this time; default now.")
-@click.option("--since", metavar="TIME", help='Only samples of this time or later: "24 h", 2026-11-24 or a time.')
-@click.option("--until", metavar="TIME", help="Only samples of this time or earlier.")
+@click.option("--at", type=MOMENT, help="Use only what was known at this time; default now.")
+@click.option("--since", type=MOMENT, help='Only samples of this time or later: "24 h", 2026-11-24 or a time.')
+@click.option("--until", type=MOMENT, help="Only samples of this time or earlier.")
 @click.option("--bundle", metavar="DIGEST", help="Only samples of this bundle; the first digits are enough.")
 @click.option("--features", metavar="FILE", type=PATH,
               help="Feature file: add its derived features, as devices compute them.")  # fmt: skip
@@ -71,14 +71,9 @@ def export_dataset(
     from agent.fleet.dataset.gather import Selection
 
     config, store = open_for_reading(home, db)
-    now_us = clock.read().wall_us
-    now = clock.to_rfc3339(now_us)
-    begin, end, moment = (
-        default if text is None else parse_since(option, text, now_us)
-        for option, text, default in (("--since", since, _BEGIN), ("--until", until, _END), ("--at", at, now))
-    )
+    now = clock.now_rfc3339()
     digest = bundle and f"sha256:{bundle.removeprefix('sha256:')}"
-    selection = Selection(config.fleet.name, task, moment, begin, end, digest)
+    selection = Selection(config.fleet.name, task, at or now, since or _BEGIN, until or _END, digest)
     opener = EncryptionKeys(home).opener
     card = export.export(
         store, out, selection, opener, data_format, licence, now, only_labelled=only_labelled, features=features

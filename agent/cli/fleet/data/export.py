@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent import clock
 from agent.cli.fleet.common import (
     database_options,
     device_option,
@@ -18,7 +17,7 @@ from agent.cli.fleet.common import (
     print_lines,
     progress_bar,
 )
-from agent.cli.options import PATH, parse_since
+from agent.cli.options import MOMENT, PATH
 from agent.cli.output import emit
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.errors import UsageError
@@ -34,8 +33,8 @@ _KINDS = ("results", "result_messages", "drift_windows", "alerts", "metrics", "s
 @click.command("export", epilog="Example: outstation fleet export --out export --kind results --since 2026-11-01")
 @click.option("--out", "out", metavar="DIR", required=True, type=PATH,
               help="Folder of the export; a run adds what is new.")  # fmt: skip
-@click.option("--since", metavar="TIME", help='Only rows of this time or later: "24 h", "7 d", 2026-11-24 or a time.')
-@click.option("--until", metavar="TIME", help="Only rows before this time.")
+@click.option("--since", type=MOMENT, help='Only rows of this time or later: "24 h", "7 d", 2026-11-24 or a time.')
+@click.option("--until", type=MOMENT, help="Only rows before this time.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(_KINDS), help="Only this kind; repeatable.")
 @device_option
 @click.option("--task", metavar="T", help="Only this task.")
@@ -62,13 +61,8 @@ def export(
     from agent.wire import keys
 
     config, store = open_for_reading(home, db, device)
-    now_us = clock.read().wall_us
-    begin, end = (
-        None if text is None else parse_since(option, text, now_us)
-        for option, text in (("--since", since), ("--until", until))
-    )
     filters = Filters(kinds=tuple(name for name in _KINDS if not kinds or name in kinds), device=device, task=task,
-                      since=begin, until=end)  # fmt: skip
+                      since=since, until=until)  # fmt: skip
     key, collectors = keys.load_private(Path(config.collector.key_file)), fleet_config.load_collector_keys(config)
     with progress_bar("exporting", store.count_messages(device)) as advance:
         summary = run_export(store, out, config.fleet.name, filters, key, collectors, advance)

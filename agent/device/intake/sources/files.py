@@ -138,8 +138,9 @@ class FolderWatcher:
         self._path = Path(source.folder)
         self._file_states: dict[str, tuple[FileState, float]] = {}
         self._last_error = ""
-        # Files that the agent may not move, each logged once.
+        # Files that the agent may not move, each logged once; the folder's permissions may be why.
         self._stuck: set[str] = set()
+        self._access: tuple[int, int, int] | None = None
         self._suffixes = _suffixes(stream)
         self._decoder = DecodeProcess(name, stream, show_values=show_values, must_be_confined=must_be_confined)
         self._marker = FileMarker(data_dir / f"reading.{name}")
@@ -170,6 +171,8 @@ class FolderWatcher:
             self._decoder.close()
 
     async def _ingest_folder(self, folder: WatchedFolder, submit_rows: SubmitRows) -> None:
+        if (access := folder.read_access()) != self._access:
+            self._stuck, self._access = set(), access
         for name, finished in self._finished.iter_grown(folder):
             self._take_back(folder, name, finished)
         for names in self._group_names([name for name in folder.list_claimed() if name not in self._stuck]):

@@ -75,6 +75,11 @@ class WatchedFolder:
     def __exit__(self, *_: object) -> None:
         self._exit_stack.close()
 
+    def read_access(self) -> tuple[int, int, int]:
+        """Return the folder's mode, owner and group."""
+        status = os.fstat(self._root)
+        return status.st_mode, status.st_uid, status.st_gid
+
     def list_files(self, suffixes: Sequence[str]) -> dict[str, FileState]:
         """Return the first names of what looks like a file of these kinds. A folder is none; a link or a pipe is."""
 
