@@ -38,7 +38,7 @@ def test_blocks_that_a_full_store_refused_are_stored_in_their_order_before_later
     assert attempts == 11
 
 
-def test_a_block_whose_submission_is_cancelled_lets_the_next_one_pass() -> None:
+def test_a_cancelled_submission_does_not_hold_up_the_next_one() -> None:
     async def submit_all() -> CommitOutcome:
         queue, is_full = SubmissionQueue(0.001), True
 
