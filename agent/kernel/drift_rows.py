@@ -102,8 +102,8 @@ def count(
         if sums is None
         else (np.array(part, kind).reshape(shape) for part, kind in zip(sums, (np.int64, float, float), strict=True))
     )
-    # A column, its order keys, and its sizes of steps.
-    scratch = np.empty(3 * (n + 2), np.float32)
+    # Four columns, the order keys of one, and its sizes of steps.
+    scratch = np.empty(6 * (n + 2), np.float32)
     library.count_rows(
         *(windows, n, fields, len(before), address(singles), address(earlier), address(last), address(run)),
         *(*limits.addresses, address(counted), address(extremes)),

@@ -111,7 +111,7 @@ def measure_windows(
         raise ValueError("fields, pairs and lags of model windows do not agree")
     width = (fields + 10) // 8 * 8
     moments, spread = 2 * fields, 4 * fields if lags else 2 * fields
-    out, scratch = np.empty((count, spread + pairs)), np.empty((2 * rows + 2) * width + 4)
+    out, scratch = np.empty((count, spread + pairs)), np.empty((2 * rows + 1) * width + 4)
     distances, bounds = np.array(lags or (0, 0), np.int64), np.array(limits, np.float64)
     library.measure_windows(
         *(count, rows, fields, width, pairs, address(windows), address(floor), address(distances), address(bounds)),

@@ -38,7 +38,7 @@ __attribute__((visibility("default"))) int64_t outstation_kernel_has_avx2(void) 
 }
 #endif
 
-enum { CUTS = 33, BINS = 34, SIZES = 64, EIGHT = 8 };
+enum { CUTS = 33, BINS = 34, SIZES = 64, QUAD = 4, EIGHT = 8 };
 /* Of eight bytes the lowest and the highest bits. */
 #define ONES 0x0101010101010101u
 #define TOPS 0x8080808080808080u
@@ -181,32 +181,27 @@ static void count_bytes(const uint8_t *bytes, int64_t n, int64_t first, int64_t 
  * step its place among the counts, SIZES if it is missing. Return the highest place with a step.
  */
 static int64_t count_sizes(const float *column, int64_t n, uint8_t *size, int64_t *counts) {
-    enum { LEAST = -40, ROUNDED = 128 };
+    enum { LEAST = -40 };
+    const uint32_t sign = 0x80000000u;
     for (int64_t i = 0; i + 1 < n; i++) {
-        const float step = column[i + 1] - column[i];
-        int32_t bits;
+        const float from = column[i], to = column[i + 1], step = to - from;
+        /* Exactly what rounding took from the step. Source: Knuth, The Art of Computer Programming 2, 4.2.2, theorem B. */
+        const float back = step - to, rest = (to - (step - back)) - (from + back);
+        uint32_t bits, rest_bits;
         memcpy(&bits, &step, sizeof bits);
-        const int32_t magnitude = bits & 0x7fffffff, is_step = magnitude > 0;
+        memcpy(&rest_bits, &rest, sizeof rest_bits);
+        const int32_t magnitude = (int32_t)(bits & ~sign), is_step = magnitude > 0;
+        rest_bits ^= ~bits & sign;
+        float size_of_step, less;
+        memcpy(&size_of_step, &magnitude, sizeof size_of_step);
+        memcpy(&less, &rest_bits, sizeof less);
         int32_t place = (magnitude >> 23) - (126 + LEAST);
+        /* A power of two may be what a smaller step was rounded to, but by less than float64 rounds off. */
+        place -= ((magnitude & 0x7fffff) == 0) & (less > size_of_step * 0x1p-54f);
         place = place < is_step ? is_step : place;
         place = place > SIZES - 1 ? SIZES - 1 : place;
         place += magnitude > 0x7f800000;
-        /* A power of two may be what a smaller step was rounded to. */
-        place |= (magnitude & 0x7fffff) < is_step ? ROUNDED : 0;
         size[i] = (uint8_t)place;
-    }
-    for (int64_t i = 0; i + 1 < n;) {
-        uint64_t word = TOPS;
-        const int64_t end = i + EIGHT < n ? i + EIGHT : n - 1;
-        if (end == i + EIGHT) memcpy(&word, size + i, sizeof word);
-        for (i = word & TOPS ? i : end; i < end; i++) {
-            if (!(size[i] & ROUNDED)) continue;
-            const double step = (double)column[i + 1] - column[i];
-            uint64_t bits;
-            memcpy(&bits, &step, sizeof bits);
-            const int64_t place = (int64_t)(bits >> 52 & 0x7ff) - (1022 + LEAST);
-            size[i] = (uint8_t)(place < 1 ? 1 : place > SIZES - 1 ? SIZES - 1 : place);
-        }
     }
     uint8_t most = 0;
     for (int64_t i = 0; i + 1 < n; i++) most = size[i] > most ? size[i] : most;
@@ -320,9 +315,16 @@ static inline __attribute__((always_inline)) Quad known_or_zero(Quad value) {
     return (Quad)((QuadMask)value & (QuadMask)(value == value));
 }
 
+typedef float Singles __attribute__((vector_size(16), aligned(4), may_alias));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Places __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Places){__VA_ARGS__})
+#endif
+
 /* Four values as double. */
 static inline __attribute__((always_inline)) Quad load(const float *values) {
-    typedef float Singles __attribute__((vector_size(16), aligned(4), may_alias));
     return __builtin_convertvector(*(const Singles *)values, Quad);
 }
 
@@ -373,13 +375,31 @@ static void add_rows(const float *rows, int64_t n, int64_t fields, const double 
     }
 }
 
+/* Write fields of n rows, `fields` apart, to columns `stride` apart: four of them or, of fewer fields, all. */
+static void transpose(const float *rows, int64_t n, int64_t fields, float *columns, int64_t stride) {
+    int64_t i = 0;
+    if (fields >= QUAD)
+        for (; i + QUAD <= n; i += QUAD, rows += QUAD * fields) {
+            const Singles a = *(const Singles *)rows, b = *(const Singles *)(rows + fields);
+            const Singles c = *(const Singles *)(rows + 2 * fields), d = *(const Singles *)(rows + 3 * fields);
+            const Singles ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+            const Singles ef = SHUFFLE(a, b, 2, 6, 3, 7), gh = SHUFFLE(c, d, 2, 6, 3, 7);
+            *(Singles *)(columns + i) = SHUFFLE(ab, cd, 0, 1, 4, 5);
+            *(Singles *)(columns + stride + i) = SHUFFLE(ab, cd, 2, 3, 6, 7);
+            *(Singles *)(columns + 2 * stride + i) = SHUFFLE(ef, gh, 0, 1, 4, 5);
+            *(Singles *)(columns + 3 * stride + i) = SHUFFLE(ef, gh, 2, 3, 6, 7);
+        }
+    for (; i < n; i++, rows += fields)
+        for (int64_t field = 0; field < fields && field < QUAD; field++) columns[field * stride + i] = rows[field];
+}
+
 /* Count the rows of drift windows; see `count_rows` in row_counts.py.
  *
  * `rows` (windows, n, fields), after `before` (earlier <= 2, fields) if there is one window; `last` and `run` (fields)
  * end the rows before. Per field: `cuts` (33), `limits` (3): low, high, jump; `rest` from rest_begin[field] on; whether it
  * has few levels. Out: `counted` holds per window and field 34 bins, missing, outside, spikes, longest, open run, 4 rows
  * of extremes and 64 sizes (106 in all), then one count of repeated rows per window; `extremes` (windows, fields, 4);
- * sums are added to. `scratch`: 9 * (n + 2) bytes, aligned for float.
+ * sums are added to. `scratch`: 21 * (n + 2) bytes, aligned for float.
  */
 int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t earlier, const float *rows,
                            const float *before, const double *last, const int64_t *run, const float *cuts,
@@ -387,9 +407,9 @@ int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t e
                            const int64_t *few_levels, const double *origin, int64_t *counted, double *extremes,
                            int64_t *known, double *total, double *squares, float *scratch) {
     enum { MISSING = BINS, OUTSIDE, SPIKE, LONGEST, OPEN, EXTREME_ROWS, SIZE = EXTREME_ROWS + 4, PER_FIELD = SIZE + SIZES };
-    float *column = scratch;
-    int32_t *keys = (int32_t *)(column + n + 2);
-    uint8_t *size = (uint8_t *)(keys + n + 2);
+    const int64_t stride = n + 2;
+    int32_t *keys = (int32_t *)(scratch + QUAD * stride);
+    uint8_t *size = (uint8_t *)(keys + stride);
     int64_t *repeated = counted + windows * fields * PER_FIELD;
     for (int64_t window = 0; window < windows; window++) {
         const float *first = rows + window * n * fields;
@@ -400,8 +420,11 @@ int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t e
             const double low = limits[3 * field], high = limits[3 * field + 1], jump = limits[3 * field + 2];
             int32_t cut_keys[CUTS];
             for (int i = 0; i < CUTS; i++) cut_keys[i] = order_key(cuts[field * CUTS + i]);
+            /* The last four are transposed together, though some may be for the second time. */
+            const int64_t group = field / QUAD * QUAD, begins = group + QUAD <= fields || fields < QUAD ? group : fields - QUAD;
+            if (field == group) transpose(first + begins, n, fields, scratch + earlier, stride);
+            float *column = scratch + (field - begins) * stride;
             for (int64_t i = 0; i < earlier; i++) column[i] = before[i * fields + field];
-            for (int64_t i = 0; i < n; i++) column[earlier + i] = first[i * fields + field];
             int32_t missing = 0;
             for (int64_t i = 0; i < n; i++) {
                 keys[i] = order_key(column[earlier + i]);
@@ -537,121 +560,174 @@ int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, cons
     return DONE;
 }
 
+/* Write n rows as double into rows that are `width` apart. */
+static void widen(const float *rows, int64_t n, int64_t fields, double *out, int64_t width) {
+    if (fields < QUAD)
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t f = 0; f < fields; f++) out[i * width + f] = rows[i * fields + f];
+    else
+        for (int64_t f = 0; f < fields; f += QUAD) {
+            /* Of five to seven fields left, some are written twice. */
+            const int64_t place = f + QUAD <= fields ? f : fields - QUAD;
+            for (int64_t i = 0; i < n; i++) *(Quad *)(out + i * width + place) = load(rows + i * fields + place);
+        }
+}
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Measure eight fields of n rows, `width` apart: means, variances, at least `least`, and mean squares, NaN of fields that do
+ * not move. `whole` takes their values less the mean, rounded to whole steps, of which there are so many in 1 sd.
+ */
+INLINE void measure_moments(int has_missing, const double *padded, int64_t n, int64_t width, double steps, const double *least,
+                            double *whole, double *means, double *variances, double *squares) {
+    const double unknown = __builtin_nan(""), rows = (double)(int32_t)n;
+    const double magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
+    Quad mean[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, square[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, scale[2];
+    QuadMask count[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    double known[EIGHT], scales[EIGHT];
+    for (int64_t i = 0; i < n; i++)
+        for (int k = 0; k < 2; k++) {
+            const Quad value = *(const Quad *)(padded + i * width + 4 * k);
+            mean[k] += has_missing ? known_or_zero(value) : value;
+            if (has_missing) count[k] -= value == value;
+        }
+    memcpy(means, mean, sizeof mean);
+    for (int lane = 0; lane < EIGHT; lane++) {
+        known[lane] = has_missing ? (double)(int32_t)count[lane / 4][lane % 4] : rows;
+        means[lane] /= known[lane] > 0 ? known[lane] : 1.0;
+    }
+    memcpy(mean, means, sizeof mean);
+    for (int64_t i = 0; i < n; i++)
+        for (int k = 0; k < 2; k++) {
+            const Quad off = *(const Quad *)(padded + i * width + 4 * k) - mean[k];
+            const Quad value = has_missing ? known_or_zero(off) : off;
+            *(Quad *)(whole + i * width + 4 * k) = value;
+            square[k] += value * value;
+        }
+    memcpy(squares, square, sizeof square);
+    for (int lane = 0; lane < EIGHT; lane++) {
+        const double sum = squares[lane], mean_square = sum / rows;
+        const double variance = sum / (known[lane] > 0 ? known[lane] : 1.0);
+        const int is_known = 2 * known[lane] > rows, moves = is_known & (mean_square > least[lane]);
+        means[lane] = is_known ? means[lane] : unknown;
+        variances[lane] = is_known ? (variance > least[lane] ? variance : least[lane]) : unknown;
+        squares[lane] = moves ? mean_square : unknown;
+        scales[lane] = steps / __builtin_sqrt(squares[lane]);
+    }
+    memcpy(scale, scales, sizeof scale);
+    for (int64_t i = 0; i < n; i++)
+        for (int k = 0; k < 2; k++) {
+            Quad *place = (Quad *)(whole + i * width + 4 * k);
+            *place = (*place * scale[k] + magic) - magic;
+        }
+}
+
+/* Compute mean square differences of eight fields' values `lag` rows apart, as shares of their mean `squares`. */
+INLINE void measure_steps(int has_missing, const double *padded, int64_t n, int64_t width, int64_t lag,
+                          const double *squares, double *shares) {
+    const double unknown = __builtin_nan("");
+    Quad square[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    QuadMask count[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    for (int64_t i = lag; i < n; i++)
+        for (int k = 0; k < 2; k++) {
+            const double *later = padded + i * width + 4 * k;
+            const Quad step = *(const Quad *)later - *(const Quad *)(later - lag * width);
+            const Quad known = has_missing ? known_or_zero(step) : step;
+            square[k] += known * known;
+            if (has_missing) count[k] -= step == step;
+        }
+    memcpy(shares, square, sizeof square);
+    for (int lane = 0; lane < EIGHT; lane++) {
+        const double known = (double)(int32_t)(has_missing ? count[lane / 4][lane % 4] : n > lag ? n - lag : 0);
+        const double moved = shares[lane] / (known > 0 ? known : 1.0);
+        shares[lane] = moved > 0 ? moved / squares[lane] : unknown;
+    }
+}
+
+/* Correlate the first `pairs` pairs of fields by distance, of n rows of values in whole `steps`. */
+static void correlate(const double *whole, int64_t n, int64_t fields, int64_t width, int64_t pairs, double steps,
+                      double most, double *place) {
+    const double scale = (double)(int32_t)n * (steps * steps);
+    enum { AT_ONCE = 4 };
+    for (int64_t distance = 1, left = pairs; left > 0; distance += AT_ONCE) {
+        int64_t count[AT_ONCE];
+        for (int k = 0; k < AT_ONCE; k++) {
+            count[k] = left < fields - distance - k ? left : fields - distance - k;
+            count[k] = count[k] > 0 ? count[k] : 0;
+            left -= count[k];
+        }
+        for (int64_t f = 0; f < count[0]; f += 4) {
+            /* Whole numbers below 2**53 in sum: their order does not matter. */
+            Quad sums[AT_ONCE] = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}};
+            int64_t i = 0;
+            /* A single distance: four rows at once, as one sum would wait for itself. */
+            for (; i + AT_ONCE <= n && count[1] <= f; i += AT_ONCE)
+                for (int k = 0; k < AT_ONCE; k++) {
+                    const double *row = whole + (i + k) * width + f;
+                    sums[k] += *(const Quad *)row * *(const Quad *)(row + distance);
+                }
+            if (i) sums[0] += (sums[1] + sums[2]) + sums[3];
+            for (; i < n; i++) {
+                const double *row = whole + i * width + f, *other = row + distance;
+                const Quad values = *(const Quad *)row;
+                sums[0] += values * *(const Quad *)other;
+                sums[1] += values * *(const Quad *)(other + 1);
+                sums[2] += values * *(const Quad *)(other + 2);
+                sums[3] += values * *(const Quad *)(other + 3);
+            }
+            double *to = place + f;
+            for (int k = 0; k < AT_ONCE; to += count[k], k++)
+                for (int lane = 0; lane < 4 && f + lane < count[k]; lane++) {
+                    double share = sums[k][lane] / scale;
+                    share = share < -most ? -most : share;
+                    to[lane] = share > most ? most : share;
+                }
+        }
+        for (int k = 0; k < AT_ONCE; k++) place += count[k];
+    }
+}
+
+INLINE void measure_window(int has_missing, int64_t n, int64_t fields, int64_t width, int64_t pairs, const double *least,
+                           const int64_t *lags, const double *limits, double *out, double *padded) {
+    double *whole = padded + n * width, moments[3][EIGHT], shares[EIGHT];
+    for (int64_t f = 0; f < fields; f += EIGHT) {
+        const size_t bytes = sizeof(double) * (size_t)(fields - f < EIGHT ? fields - f : EIGHT);
+        measure_moments(has_missing, padded + f, n, width, limits[0], least + f, whole + f, moments[0], moments[1],
+                        moments[2]);
+        memcpy(out + f, moments[0], bytes);
+        memcpy(out + fields + f, moments[1], bytes);
+        for (int which = 0; which < 2 && lags[0]; which++) {
+            measure_steps(has_missing, padded + f, n, width, lags[which], moments[2], shares);
+            memcpy(out + (2 + which) * fields + f, shares, bytes);
+        }
+    }
+    correlate(whole, n, fields, width, pairs, limits[0], limits[1], out + (lags[0] ? 4 : 2) * fields);
+}
+
 /* Compute statistics of model windows (windows, n, fields) without the logarithms: see `ModelWindows` in detector.py.
  *
  * Out (windows, 2 * fields + 2 * fields + pairs), the second part only with lags: means; variances, at least `floor`; mean
  * square differences of values `lags` rows apart, as shares of the mean square; correlations of the first `pairs` pairs
  * of fields by distance, of values rounded to steps of the field's sd / `limits[0]`, of at most `limits[1]`. NaN where
  * half of the values are missing or, but for means and variances, a field does not move more than its `floor`.
- * `scratch`: (2 * n + 2) * `width` + 4; the width is fields + 3, rounded up to 8.
+ * `scratch`: (2 * n + 1) * `width` + 4; the width is fields + 3, rounded up to 8.
  */
 int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int64_t width, int64_t pairs,
                                 const float *values, const double *floor, const int64_t *lags, const double *limits,
                                 double *out, double *scratch) {
-    enum { SQUARE, LEAST, ROWS };
-    const double unknown = __builtin_nan(""), steps = limits[0], most = limits[1], rows = (double)(int32_t)n;
-    const double magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
-    double *by_field = scratch, *padded = scratch + ROWS * width, *whole = padded + n * width;
-    memset(scratch, 0, sizeof(double) * (size_t)(width * (ROWS + 2 * n) + 4));
-    memcpy(by_field + LEAST * width, floor, sizeof(double) * (size_t)fields);
-    for (int64_t window = 0; window < windows; window++, values += n * fields, out += pairs + (lags[0] ? 4 : 2) * fields) {
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t f = 0; f < fields; f++) padded[i * width + f] = values[i * fields + f];
-        for (int64_t f = 0; f < fields; f += EIGHT) {
-            Quad mean[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, square[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, scale[2];
-            QuadMask count[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-            for (int64_t i = 0; i < n; i++)
-                for (int k = 0; k < 2; k++) {
-                    const Quad value = *(const Quad *)(padded + i * width + f + 4 * k);
-                    mean[k] += known_or_zero(value);
-                    count[k] -= value == value;
-                }
-            for (int lane = 0; lane < EIGHT; lane++) {
-                const int64_t known = count[lane / 4][lane % 4];
-                mean[lane / 4][lane % 4] /= known ? (double)(int32_t)known : 1.0;
-            }
-            for (int64_t i = 0; i < n; i++)
-                for (int k = 0; k < 2; k++) {
-                    const Quad value = known_or_zero(*(const Quad *)(padded + i * width + f + 4 * k) - mean[k]);
-                    *(Quad *)(whole + i * width + f + 4 * k) = value;
-                    square[k] += value * value;
-                }
-            for (int lane = 0; lane < EIGHT; lane++) {
-                const int64_t known = count[lane / 4][lane % 4];
-                const double sum = square[lane / 4][lane % 4], mean_square = sum / rows;
-                const double least = by_field[LEAST * width + f + lane];
-                const int is_known = 2 * known > n, moves = is_known && mean_square > least;
-                scale[lane / 4][lane % 4] = moves ? steps / __builtin_sqrt(mean_square) : unknown;
-                by_field[SQUARE * width + f + lane] = moves ? mean_square : unknown;
-                if (f + lane >= fields) continue;
-                double variance = sum / (known ? (double)(int32_t)known : 1.0);
-                variance = variance > least ? variance : least;
-                out[f + lane] = is_known ? mean[lane / 4][lane % 4] : unknown;
-                out[fields + f + lane] = is_known ? variance : unknown;
-            }
-            for (int64_t i = 0; i < n; i++)
-                for (int k = 0; k < 2; k++) {
-                    Quad *place = (Quad *)(whole + i * width + f + 4 * k);
-                    *place = (*place * scale[k] + magic) - magic;
-                }
-        }
-        double *place = out + 2 * fields;
-        for (int which = 0; which < 2 && lags[0]; which++, place += fields)
-            for (int64_t f = 0; f < fields; f += EIGHT) {
-                Quad square[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-                QuadMask count[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-                for (int64_t i = lags[which]; i < n; i++)
-                    for (int k = 0; k < 2; k++) {
-                        const double *later = padded + i * width + f + 4 * k;
-                        const Quad step = *(const Quad *)later - *(const Quad *)(later - lags[which] * width);
-                        const Quad known = known_or_zero(step);
-                        square[k] += known * known;
-                        count[k] -= step == step;
-                    }
-                for (int lane = 0; lane < EIGHT && f + lane < fields; lane++) {
-                    const int64_t known = count[lane / 4][lane % 4];
-                    const double moved = square[lane / 4][lane % 4] / (known ? (double)(int32_t)known : 1.0);
-                    place[f + lane] = moved > 0 ? moved / by_field[SQUARE * width + f + lane] : unknown;
-                }
-            }
-        const double scale = rows * (steps * steps);
-        enum { AT_ONCE = 4 };
-        for (int64_t distance = 1, left = pairs; left > 0; distance += AT_ONCE) {
-            int64_t count[AT_ONCE];
-            for (int k = 0; k < AT_ONCE; k++) {
-                count[k] = left < fields - distance - k ? left : fields - distance - k;
-                count[k] = count[k] > 0 ? count[k] : 0;
-                left -= count[k];
-            }
-            for (int64_t f = 0; f < count[0]; f += 4) {
-                /* Whole numbers below 2**53 in sum: their order does not matter. */
-                Quad sums[AT_ONCE] = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}};
-                int64_t i = 0;
-                /* A single distance: four rows at once, as one sum would wait for itself. */
-                for (; i + AT_ONCE <= n && count[1] <= f; i += AT_ONCE)
-                    for (int k = 0; k < AT_ONCE; k++) {
-                        const double *row = whole + (i + k) * width + f;
-                        sums[k] += *(const Quad *)row * *(const Quad *)(row + distance);
-                    }
-                if (i) sums[0] += (sums[1] + sums[2]) + sums[3];
-                for (; i < n; i++) {
-                    const double *row = whole + i * width + f, *other = row + distance;
-                    const Quad values = *(const Quad *)row;
-                    sums[0] += values * *(const Quad *)other;
-                    sums[1] += values * *(const Quad *)(other + 1);
-                    sums[2] += values * *(const Quad *)(other + 2);
-                    sums[3] += values * *(const Quad *)(other + 3);
-                }
-                double *to = place + f;
-                for (int k = 0; k < AT_ONCE; to += count[k], k++)
-                    for (int lane = 0; lane < 4 && f + lane < count[k]; lane++) {
-                        double share = sums[k][lane] / scale;
-                        share = share < -most ? -most : share;
-                        to[lane] = share > most ? most : share;
-                    }
-            }
-            for (int k = 0; k < AT_ONCE; k++) place += count[k];
-        }
+    double *least = scratch, *padded = scratch + width;
+    memset(scratch, 0, sizeof(double) * (size_t)(width * (1 + 2 * n) + 4));
+    memcpy(least, floor, sizeof(double) * (size_t)fields);
+    for (int64_t window = 0; window < windows; window++) {
+        widen(values, n, fields, padded, width);
+        int32_t missing = 0;
+        for (int64_t i = 0; i < n * fields; i++) missing += values[i] - values[i] != 0;
+        if (missing)
+            measure_window(1, n, fields, width, pairs, least, lags, limits, out, padded);
+        else
+            measure_window(0, n, fields, width, pairs, least, lags, limits, out, padded);
+        values += n * fields;
+        out += pairs + (lags[0] ? 4 : 2) * fields;
     }
     return DONE;
 }

@@ -9,17 +9,19 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 
 from agent import clock
 from agent.bootstrap.device import load_config, open_store
 from agent.cli.commands import cli
 from agent.cli.database import inspection
 from agent.config import FieldConfig
-from agent.device.store.rows import PackedChunk, Rows, unpack_chunk
+from agent.device.store.rows import PackedChunk, Rows, unpack_columns
 from agent.fleet.database.store import FleetStore
 
 CONFIG = """
@@ -88,11 +90,11 @@ def test_readings_of_a_range_of_time_read_no_chunk_outside_of_it(
             with store.transaction() as tx:
                 tx.append("room", Rows(t, (np.ones(n, "<f4"), np.zeros(n, "<u2"))), "synced")
 
-    def unpack(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
+    def unpack(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> tuple[NDArray[Any], ...]:
         unpacked.append(chunk.first_t)
-        return unpack_chunk(chunk, fields)
+        return unpack_columns(chunk, fields)
 
-    monkeypatch.setattr("agent.device.store.row_batch.unpack_chunk", unpack)
+    monkeypatch.setattr("agent.device.store.row_batch.unpack_columns", unpack)
 
     def listed(first: int, end: int) -> list[int]:
         since, until = (clock.to_rfc3339(begin + hour * hour_us) for hour in (first, end))

@@ -31,7 +31,7 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import collectors, join_tokens, pki
+from agent.fleet.enrolment import collectors, join_tokens, pki, revocation
 from agent.fleet.enrolment.device_files import pack_device_files
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
@@ -387,6 +387,18 @@ def test_a_replacement_that_is_refused_leaves_the_devices_files_whole(folder: Pa
     assert held(home) == before
     assert active(config, "pi-07") == key_of(site(folder, "pi-07"))
     assert len([*folder.parent.glob("pi-07-*.tar.gz")]) == 1
+
+
+def test_a_replacement_after_the_loss_of_the_database_revokes_the_former_certificate(
+    folder: Path, config: FleetConfig
+) -> None:
+    let_in(config, folder, "pi-07")
+    former = revocation.list_issued_serials(folder, "pi-07")
+    for file in folder.glob("fleet.db*"):
+        file.unlink()
+    let_in(config, folder, "pi-07", replace=True)
+    listed = x509.load_pem_x509_crl((folder / revocation.CRL_FILE).read_bytes())
+    assert [entry.serial_number for entry in listed] == former
 
 
 def test_a_replacement_with_a_locked_database_leaves_the_files_complete(

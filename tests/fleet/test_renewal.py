@@ -48,7 +48,7 @@ def device(tmp_path: Path, fleet: FleetConfig) -> Config:
 
 def due(tmp_path: Path, fleet: FleetConfig, before: timedelta, *only: str) -> list[renewal.DueCertificate]:
     with FleetStore(Path(fleet.fleet.db)) as store:
-        return renewal.list_due(tmp_path / "acme", store, before, frozenset(only))
+        return renewal.list_due(tmp_path / "acme", store, before.total_seconds(), frozenset(only))
 
 
 def issue(tmp_path: Path, fleet: FleetConfig, entry: renewal.DueCertificate) -> bytes | None:
@@ -64,6 +64,7 @@ def confirm(tmp_path: Path, fleet: FleetConfig, entry: renewal.DueCertificate, p
 def test_a_certificate_ends_after_a_year_and_is_due_before(tmp_path: Path, fleet: FleetConfig, device: Config) -> None:
     [entry] = due(tmp_path, fleet, YEAR)
     assert abs(entry.end - datetime.now(UTC) - YEAR) < timedelta(hours=1)
+    assert due(tmp_path, fleet, timedelta.max) == [entry]
     assert due(tmp_path, fleet, pki.RENEW_BEFORE) == []
     assert due(tmp_path, fleet, pki.RENEW_BEFORE, "pi-07") == [entry]
     with pytest.raises(UsageError, match="pi-09: no enrolled device"):

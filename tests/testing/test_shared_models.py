@@ -34,8 +34,10 @@ def test_a_candidate_that_the_machine_stops_beyond_its_timeout_answers() -> None
         before, pid = candidate.invoke(CALM), process.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
-        threading.Timer(1.2, os.kill, (pid, signal.SIGCONT)).start()
+        resume = threading.Timer(1.2, os.kill, (pid, signal.SIGCONT))
+        resume.start()
         assert np.array_equal(candidate.invoke(CALM), before)
+        resume.join()
         assert process.pid == pid
 
 

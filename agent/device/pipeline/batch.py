@@ -18,6 +18,7 @@ import numpy as np
 from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
 from agent.clock import ClockReading
+from agent.device.machine import heap
 from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.batch_messages import RowCommitments
 from agent.device.pipeline.drift_state import LearningRefusals
@@ -202,6 +203,8 @@ def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_row
 def _read_backlog(task: LoadedTask, store: Store, after: int, max_rows: int) -> RowBatch | None:
     """Read the `max_rows` rows after row `after`, and the others that wait if these are few."""
     waiting = store.last_row(task.config.stream) - after
+    if waiting >= max_rows:
+        heap.keep_free()
     limit = waiting if max_rows < waiting <= _with_rest(max_rows) else max_rows
     return store.read_rows(task.config.stream, task.stream.fields, after, limit)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from agent.config import FieldConfig
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
-from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
+from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_columns, unpack_times
 from agent.device.store.tables import meta, schema
 
 # Rows of a chunk, on average, below which those of a batch are joined.
@@ -29,6 +29,7 @@ class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
     """
 
     first: int
+    t: NDArray[np.int64] = EMPTY_ROWS.t  # (n,) epoch µs
     parts: Sequence[Rows] = ()
     loss_reason: str | None = None
     lost_through: int = 0
@@ -38,11 +39,6 @@ class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
     @property
     def last(self) -> int:
         return self.lost_through if self.loss_reason else self.first + len(self.t) - 1
-
-    @cached_property
-    def t(self) -> NDArray[np.int64]:
-        """Times (n,) of the rows, epoch µs."""
-        return np.concatenate([part.t for part in self.parts]) if self.parts else EMPTY_ROWS.t
 
     @cached_property
     def rows(self) -> Rows:
@@ -57,7 +53,7 @@ class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
         """Return the batch in one piece if its pieces are small: each costs as much as some rows."""
         if len(self.parts) < 2 or sum(map(len, self.parts)) >= _FEW_ROWS * len(self.parts):
             return self
-        return RowBatch(self.first, [concatenate(self.parts)], stamps=self.stamps)
+        return RowBatch(self.first, self.t, [concatenate(self.parts)], stamps=self.stamps)
 
     def slice_parts(self, start: int, stop: int) -> list[Rows]:
         """Return rows from offset `start` to before `stop` in pieces."""
@@ -83,7 +79,7 @@ def read_batch(
 
     The cost depends on the rows read, not on the backlog. A damaged chunk is returned alone, with `loss_reason`.
     """
-    parts: list[Rows] = []
+    pieces: list[tuple[PackedChunk, tuple[NDArray[Any], ...], slice]] = []
     stamps: list[ClockStamp] = []
     first, count = after + 1, 0
     # Closed with the store's lock held: an open query would keep another thread's transaction from restarting the log.
@@ -92,26 +88,34 @@ def read_batch(
             stream_id, boot, quality, segment, _ = place
             try:
                 packed = PackedChunk(n, first_t, time_bytes, data, crc, (stream_id, first_row, *place[1:]))
-                rows = unpack_chunk(packed, fields)
+                columns = unpack_columns(packed, fields)
             except ValueError as damage:
-                if parts:
+                if pieces:
                     break
-                return RowBatch(first, (), str(damage), _chunk_end(db, stream, int(first_row)))
+                return RowBatch(first, loss_reason=str(damage), lost_through=_chunk_end(db, stream, int(first_row)))
             skip = first + count - int(first_row)
             if skip < 0:
-                if parts:
+                if pieces:
                     break
                 return _missing_rows(db, stream, first, int(first_row) - 1)
-            parts.append(rows.slice(skip, min(len(rows), skip + limit - count)))
+            piece = slice(skip, max(skip, min(n, skip + limit - count)))
+            pieces.append((packed, columns, piece))
             stamps.append(ClockStamp(first + count, boot, segment, quality))
-            count += len(parts[-1])
+            count += piece.stop - skip
             if count >= limit:
                 break
-    if not parts:
+    if not pieces:
         # The last rows may be in quarantine because another task found them damaged.
         last = last_row(db, stream)
         return _missing_rows(db, stream, first, last) if last > after else None
-    return RowBatch(first, parts, stamps=merge_stamps(stamps))
+    t = np.empty(count, np.int64)
+    parts, at = list[Rows](), 0
+    for packed, columns, piece in pieces:
+        end = at + piece.stop - piece.start
+        unpack_times(packed, piece, t[at:end])
+        parts.append(Rows(t[at:end], tuple(column[piece] for column in columns)))
+        at = end
+    return RowBatch(first, t, parts, stamps=merge_stamps(stamps))
 
 
 def _missing_rows(db: sqlite3.Connection, stream: str, first: int, last: int) -> RowBatch:
@@ -124,9 +128,10 @@ def _missing_rows(db: sqlite3.Connection, stream: str, first: int, last: int) ->
     damaged = db.execute(schema.FIRST_QUARANTINED_RANGE, values).fetchone()
     if first <= deleted and (damaged is None or damaged[0] > first):
         end = min(last, deleted, damaged[0] - 1 if damaged else last)
-        return RowBatch(first, (), "rows were deleted before this task read them", end, deleted=True)
+        reason = "rows were deleted before this task read them"
+        return RowBatch(first, loss_reason=reason, lost_through=end, deleted=True)
     end = min(last, damaged[1]) if damaged and damaged[1] < deleted else last
-    return RowBatch(first, (), "rows were quarantined as damaged", end)
+    return RowBatch(first, loss_reason="rows were quarantined as damaged", lost_through=end)
 
 
 def _chunk_end(db: sqlite3.Connection, stream: str, first_row: int) -> int:

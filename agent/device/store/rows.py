@@ -122,19 +122,29 @@ def is_intact(chunk: PackedChunk) -> bool:
 
 def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
     """Invert `pack_chunk`. Raises ValueError if the bytes are not what was packed."""
+    columns, t = unpack_columns(chunk, fields), np.empty(chunk.n, np.int64)
+    unpack_times(chunk, slice(None), t)
+    return Rows(t, columns)
+
+
+def unpack_columns(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> tuple[NDArray[Any], ...]:
+    """Return the columns as views of the chunk. Raises ValueError if its bytes are not what was packed."""
     if not is_intact(chunk):
         raise ValueError("CRC does not match")
     dtypes = [np.dtype(_DTYPES[f.type]) for f in fields]
     if len(chunk.data) != chunk.n * (chunk.time_bytes + sum(d.itemsize for d in dtypes)):
         raise ValueError("length does not match the stream's fields")
-    offsets = np.frombuffer(chunk.data, "<u4" if chunk.time_bytes == 4 else "<i8", chunk.n)
-    columns, at = [], offsets.nbytes
+    columns, at = [], chunk.n * chunk.time_bytes
     for dtype in dtypes:
         columns.append(np.frombuffer(chunk.data, dtype, chunk.n, at))
         at += chunk.n * dtype.itemsize
-    t = offsets.astype(np.int64)
-    t += chunk.first_t
-    return Rows(t, tuple(columns))
+    return tuple(columns)
+
+
+def unpack_times(chunk: PackedChunk, rows: slice, out: NDArray[np.int64]) -> None:
+    """Write the times of some `rows` of a chunk, whose columns were unpacked, to `out`."""
+    offsets = np.frombuffer(chunk.data, "<u4" if chunk.time_bytes == 4 else "<i8", chunk.n)
+    np.add(offsets[rows], np.int64(chunk.first_t), out=out)
 
 
 class RawColumns(msgspec.Struct, frozen=True):

@@ -123,8 +123,11 @@ def enrol(
         files.require_no_private_keys()
     former = RevocationOutcome([], [])
     issue = partial(files.issue, bundle)
-    if replace and not keep_certificate and config.ca is not None and _was_enrolled(store, device):
-        issue = partial(revocation.replace_certificates, folder, config, device, issue, former)
+    if replace and not keep_certificate and config.ca is not None:
+        was_enrolled = any(owner == device for _, owner, *_ in store.enrolled_keys())
+        issue = partial(
+            revocation.replace_certificates, folder, config, device, issue, former, was_enrolled=was_enrolled
+        )
     made_by: KeyMaker = "operator" if SIGNING_KEY in files.private else "device"
     register = partial(store.enrol, device, key, replace=replace, keep_through=keep_through, made_by=made_by)
     new = _commit(register, files, issue)
@@ -149,10 +152,6 @@ def complete(folder: Path, config: FleetConfig, device: str, packed: dict[str, b
 
 def _let_in(folder: Path, config: FleetConfig, device: str, former: RevocationOutcome) -> None:
     revocation.change_access(folder, config, AccessChange(device, "device", tuple(sorted(config.fleet.tasks))), former)
-
-
-def _was_enrolled(store: FleetStore, device: str) -> bool:
-    return any(owner == device for _, owner, *_ in store.enrolled_keys())
 
 
 def _commit(register: Callable[..., bool], files: DeviceFiles, issue: Callable[[], None]) -> bool:

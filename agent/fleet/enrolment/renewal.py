@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -37,19 +37,19 @@ class DueCertificate(msgspec.Struct, frozen=True):
 
 
 def list_due(
-    folder: Path, store: FleetStore, before: timedelta, only: frozenset[str] = frozenset()
+    folder: Path, store: FleetStore, before_s: float, only: frozenset[str] = frozenset()
 ) -> list[DueCertificate]:
-    """Return the certificates of enrolled devices that end within `before`, the next to end first. Raises UsageError.
+    """Return the certificates of enrolled devices that end within `before_s`, the next to end first. Raises UsageError.
 
     `only`: these devices, whenever theirs end.
     """
-    due, limit = [], datetime.now(UTC) + before
+    due, now = [], datetime.now(UTC)
     for device in sorted({owner for _, owner, _, revoked, *_ in store.enrolled_keys() if not revoked}):
         path = folder / "devices" / device / CERTIFICATE
         if (only and device not in only) or not path.exists():
             continue
         certificate = _load(path)
-        if only or certificate.not_valid_after_utc < limit:
+        if only or (certificate.not_valid_after_utc - now).total_seconds() < before_s:
             due.append(DueCertificate(device, certificate))
     if missing := sorted(only - {entry.device for entry in due}):
         raise UsageError(f"{missing[0]}: no enrolled device with a certificate; see `outstation fleet devices`")

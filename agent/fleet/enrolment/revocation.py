@@ -172,18 +172,25 @@ def change_access(folder: Path, config: FleetConfig, change: AccessChange, outco
 
 
 def replace_certificates(
-    folder: Path, config: FleetConfig, device: str, issue: Callable[[], None], outcome: RevocationOutcome
+    folder: Path,
+    config: FleetConfig,
+    device: str,
+    issue: Callable[[], None],
+    outcome: RevocationOutcome,
+    *,
+    was_enrolled: bool,
 ) -> None:
     """Revoke the certificates that `device` has before `issue` makes another one, and report in `outcome`.
 
-    Call it in a transaction, so that no renewal adds one meanwhile. Raises UsageError and StorageError.
+    Call it in a transaction, so that no renewal adds one meanwhile. `was_enrolled`: the database knows it;
+    after its loss the archive may know one still. Raises UsageError and StorageError.
     """
     serials = list_issued_serials(folder, device)
     issue()
     if serials:
         outcome.steps = add(folder, config, serials)
         outcome.certificates = [f"{serial:x}" for serial in serials]
-    else:
+    elif was_enrolled:
         problem = f"no copy of the former certificate of {device} is archived"
         outcome.problem = f"{problem}: it is not revoked, and still connects"
 

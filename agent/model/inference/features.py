@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from agent.model.inference.joins import JoinedValues
 
 _MAX_STEP_US = 2**62
+# Steps of time that are looked through together, while they are near the processor.
+_BLOCK_STEPS = 8192
 
 
 class WindowCut(msgspec.Struct, frozen=True):
@@ -44,16 +46,22 @@ def cut_windows(t: Ints, window: WindowSpec | None) -> WindowCut:
         return WindowCut(np.arange(n, dtype=np.int64), n)
     if n == 0:
         return WindowCut(np.zeros(0, np.int64), 0)
-    steps = np.diff(t)
     longest = _MAX_STEP_US if window.max_gap_s is None else int(min(window.max_gap_s * 1e6, _MAX_STEP_US))
-    begins = np.zeros(1, np.int64)
-    if n > 1 and (steps.min() < 0 or steps.max() > longest):
-        begins = np.concatenate([begins, np.flatnonzero((steps < 0) | (steps > longest)) + 1])
+    gaps = [_find_gaps(t[at : at + _BLOCK_STEPS + 1], longest) + at for at in range(0, n - 1, _BLOCK_STEPS)]
+    begins = np.concatenate([np.zeros(1, np.int64), *gaps])
     lengths = np.diff(np.append(begins, n))
     counts = np.maximum(0, (lengths - window.rows) // window.step + 1)
     within = np.arange(counts.sum(), dtype=np.int64) - repeat(np.cumsum(counts) - counts, counts)
     starts = repeat(begins, counts) + within * window.step
     return WindowCut(starts, int(begins[-1] + counts[-1] * window.step))
+
+
+def _find_gaps(t: Ints, longest: int) -> Ints:
+    """Return the offsets of rows that are earlier than the row before, or by more than `longest` µs later."""
+    steps = t[1:] - t[:-1]
+    if steps.min() >= 0 and steps.max() <= longest:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero((steps < 0) | (steps > longest)) + 1
 
 
 def limit_gap(manifest: Manifest, gap_s: float) -> Manifest:

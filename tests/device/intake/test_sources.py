@@ -291,6 +291,53 @@ def test_what_a_slow_writer_adds_after_its_file_was_read_is_taken_too(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_writer_that_does_not_pause_holds_up_no_other_file_and_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_files, "_FIRST_PAUSE_S", 0.1)
+    submit, is_over, added = FolderWatcher._submit_file, threading.Event(), 0
+
+    async def submit_and_add(watcher: FolderWatcher, number: int, name: str, *arguments: Any) -> None:
+        nonlocal added
+        await submit(watcher, number, name, *arguments)
+        if name.endswith("a.csv") and not is_over.is_set():
+            added += 1
+            # The end of the line that was cut off, and a part of the next one.
+            file.write(f"{added}\n-")
+            file.flush()
+
+    monkeypatch.setattr(FolderWatcher, "_submit_file", submit_and_add)
+    with watching(tmp_path) as station, (tmp_path / "in" / "a.csv").open("w") as file:
+        file.write("n\n100\nx\n-")
+        file.flush()
+        wait_until("a.csv is read", lambda: added > 0)
+        put(tmp_path, "b.csv", [200])
+        wait_until("b.csv in done/", lambda: "b.csv" in there(tmp_path)["done"], timeout_s=30)
+        is_over.set()
+        file.write("0\n")
+        file.flush()
+        wait_until("all lines", lambda: station.store.last_row("numbers") == 3 + added)
+        wait_until("both in done/", lambda: there(tmp_path)["done"] == ["a.csv", "b.csv"])
+        assert sorted(taken(station)) == [*range(-added, 1), 100, 200]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_rejected_last_line_that_was_whole_is_not_rejected_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_files, "_FIRST_PAUSE_S", 0.1)
+    with watching(tmp_path) as station, (tmp_path / "in" / "a.csv").open("w") as file:
+        file.write("n\n1\nx\n")
+        file.flush()
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
+        file.write("2\n")
+        file.flush()
+        wait_until("its other row", lambda: station.store.counters().get("files ingested") == 2)
+        assert taken(station) == [1, 2]
+        assert station.store.counters()["lines rejected"] == 1
+
+
+@pytest.mark.usefixtures("quick")
 def test_files_that_could_not_be_moved_are_ingested_once_the_folder_is_writable_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from agent.config.sources import FilesSource
 from agent.device.intake import media_reader
 from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources.file_progress import FileProgress
 from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.watched_folder import WatchedFolder
 from agent.device.recovery.open import open_store
@@ -137,7 +138,7 @@ def test_a_file_that_changes_while_it_is_read_gives_its_first_digest_back(tmp_pa
             path.write_bytes(content)
             os.utime(path, (1_764_000_000, 1_764_000_000))
             with path.open("rb") as file:
-                await watcher._take_digest(file.fileno(), name, files_module._FileProgress(0))
+                await watcher._take_digest(file.fileno(), name, FileProgress(0))
 
         async def run() -> None:
             await take("1.a.png", b"begun")

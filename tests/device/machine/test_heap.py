@@ -1,7 +1,9 @@
-"""Heap: memory that was freed goes back to the system."""
+"""Heap: memory that was freed is used again, or goes back to the system."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,3 +24,24 @@ def test_memory_in_the_middle_of_the_heap_is_given_back() -> None:
     heap.release_free()
     assert resident_mb() < before - 40
     assert len(remaining) == 1000
+
+
+# 20 MB are allocated and freed ten times: 5,000 pages.
+REPEATED = """
+import resource
+import numpy as np
+from agent.device.machine import heap
+heap.keep_free()
+for round in range(11):
+    arrays = [np.ones(1 << 18) for _ in range(10)]
+    del arrays
+    if round == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_arrays_that_follow_freed_ones_take_no_fresh_pages() -> None:
+    # In a process of its own: other tests keep the usual heap.
+    done = subprocess.run([sys.executable, "-c", REPEATED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000

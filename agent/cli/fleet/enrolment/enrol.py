@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -341,7 +341,7 @@ def renew(devices: tuple[str, ...], before_s: float, wait: float, home: Path, as
         raise UsageError("the broker is used without TLS, so devices have no certificates to renew")
     results = []
     with open_store(config) as store:
-        for due in renewal.list_due(home, store, timedelta(seconds=before_s), frozenset(devices)):
+        for due in renewal.list_due(home, store, before_s, frozenset(devices)):
             left = due.days_left(datetime.now(UTC))
             state, detail = "ended", "outstation request on the device, then fleet enrol --request"
             if left >= 0 or renewal.may_have_newer(home, due):

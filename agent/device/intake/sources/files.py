@@ -14,12 +14,12 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import numpy as np
 
 from agent import clock, media
 from agent.config import StreamConfig
@@ -32,9 +32,10 @@ from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.intake.sources.file_marker import MAX_DEATHS, FileMarker
+from agent.device.intake.sources.file_progress import FileProgress, has_all_times
 from agent.device.intake.sources.finished_files import FinishedFile, FinishedFiles
+from agent.device.intake.sources.submission_queue import SubmissionQueue
 from agent.device.intake.sources.watched_folder import FileState, WatchedFolder, original_name, safe_name
-from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import OutstationError, RowRejected, StorageError, StorageFull, UsageError
 from agent.media import ImageFormat, SoundFormat
@@ -45,8 +46,9 @@ T = TypeVar("T")
 
 # A file is ingested once it has not changed for this long: its writer may not have finished.
 _SETTLED_S = 1.0
-# A claimed file that its writer still changes is read again this often.
-_MAX_ROUNDS = 600
+# A claimed file that its writer still changes is read again this often. What is added to a table later is read from
+# `done/`, so that no other file waits for its writer.
+_MAX_ROUNDS, _MAX_TABLE_ROUNDS = 600, 3
 _MAX_LOGGED_ROWS = 20
 FAILED_COUNTER, INGESTED_COUNTER, DUPLICATE_COUNTER = "files failed", "files ingested", "files duplicate"
 # Files whose content is recognized; of more, the last ones.
@@ -59,26 +61,6 @@ _TRANSIENT_ERRNOS = {
 }
 # Errors of a file that belongs to somebody else; others can still be moved.
 _FOREIGN_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EBUSY}
-
-
-class _FileProgress(msgspec.Struct):
-    """Progress of a file: its last submitted line, that row's number in the stream, and rejected rows.
-
-    `deaths`: processes in a row that ended while they read on from this line. `digest`: of its content, "" if the
-    stream's files may repeat. `is_compared`: no earlier file has the digest, or rows of this file are stored.
-    `has_all_times`: each of its rows so far came with a time. `state`: of the file as it was read. `is_torn`: the last
-    line was rejected.
-    """
-
-    last_line: int
-    last_row: int = 0
-    rejected_rows: int = 0
-    deaths: int = 0
-    digest: str = ""
-    is_compared: bool = False
-    has_all_times: bool = True
-    state: FileState | None = None
-    is_torn: bool = False
 
 
 class _DuplicateFile(UsageError):
@@ -149,6 +131,7 @@ class FolderWatcher:
         self._digests_in_hand: dict[str, str] = {}
         self._finished = FinishedFiles()
         self._decode_lock = asyncio.Lock()
+        self._queue = SubmissionQueue(source.poll_interval)
         self._last_us: int | None = None
 
     async def run(self, submit_rows: SubmitRows) -> None:
@@ -246,7 +229,7 @@ class FolderWatcher:
         return sorted(name for name in settled if name not in self._stuck)
 
     async def _ingest_file(self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, *, is_retry: bool) -> None:
-        progress = _FileProgress(self._store.source_position(f"files:{self._name}", name))
+        progress = FileProgress(self._store.source_position(f"files:{self._name}", name))
         progress.is_compared = progress.last_line > 0
         progress.deaths = self._marker.count_deaths(name, progress.last_line)
         try:
@@ -270,15 +253,16 @@ class FolderWatcher:
             self._leave(name, error)
 
     async def _read_file(
-        self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, progress: _FileProgress
+        self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, progress: FileProgress
     ) -> Exception | None:
         """Submit all rows of a file; return what is wrong with it. Raises UsageError if it is no file, OSError."""
         try:
             file = folder.open_claimed(name)
         except OSError as error:
             raise self._to_file_error(error, progress) from None
+        is_table = self._stream.media_format is None
         try:
-            for _ in range(_MAX_ROUNDS):
+            for n in range(_MAX_ROUNDS):
                 problem: Exception | None = None
                 before = FileState.from_status(os.fstat(file))
                 try:
@@ -299,16 +283,20 @@ class FolderWatcher:
                 except (RowRejected, UsageError) as error:
                     problem = error
                 await asyncio.sleep(0)
+                progress.state = before
                 if FileState.from_status(os.fstat(file)) == before:
-                    progress.state = before
+                    progress.is_torn = progress.is_torn and os.pread(file, 1, before.size - 1) != b"\n"
                     return problem
                 # Its writer had not finished, and still writes to the moved file.
+                if is_table and n + 1 >= _MAX_TABLE_ROUNDS and problem is None:
+                    return None
+                progress.last_line, progress.is_torn = progress.last_line - progress.is_torn, False
                 await asyncio.sleep(_SETTLED_S)
             return UsageError(f"its writer still changes it{self._describe_stored(progress)}")
         finally:
             os.close(file)
 
-    async def _take_digest(self, file: int, name: str, progress: _FileProgress) -> None:
+    async def _take_digest(self, file: int, name: str, progress: FileProgress) -> None:
         """Take the digest of a file, and compare that of an image or sound. Raises UsageError, see `_compare`."""
         stream = self._stream
         if stream.duplicates == "accept":
@@ -329,7 +317,7 @@ class FolderWatcher:
         if stream.media_format:
             self._compare(name, progress)
 
-    def _compare(self, name: str, progress: _FileProgress) -> None:
+    def _compare(self, name: str, progress: FileProgress) -> None:
         """Raise UsageError if an earlier file has the same digest, unless rows of this one are stored."""
         if not progress.digest or progress.is_compared:
             return
@@ -351,7 +339,7 @@ class FolderWatcher:
     def _digest_source(self) -> str:
         return f"file digest:{self._name}"
 
-    def _finish(self, folder: WatchedFolder, name: str, progress: _FileProgress, *, is_retry: bool) -> None:
+    def _finish(self, folder: WatchedFolder, name: str, progress: FileProgress, *, is_retry: bool) -> None:
         target = folder.unused_done_name(name)
         rejected = f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else ""
         media_format = self._stream.media_format
@@ -393,7 +381,7 @@ class FolderWatcher:
             tx.increment_counter(counter, 1)
             tx.delete_source_position(f"files:{self._name}", name)
 
-    async def _submit_file(self, file: int, name: str, submit_rows: SubmitRows, progress: _FileProgress) -> None:
+    async def _submit_file(self, file: int, name: str, submit_rows: SubmitRows, progress: FileProgress) -> None:
         """Submit the rows after `progress`, and advance it."""
         if progress.last_line and isinstance(self._stream.media_format, ImageFormat):
             # An image is one commit. To decode it again would only count deaths of it.
@@ -406,27 +394,25 @@ class FolderWatcher:
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
                 if self._stream.media_format is None and block.raw.n:
-                    progress.has_all_times = progress.has_all_times and _has_all_times(block.raw)
+                    progress.has_all_times = progress.has_all_times and has_all_times(block.raw)
                     if progress.has_all_times:
                         self._compare(name, progress)
                 last_line = max([*block.lines[-1:], *rejected])
                 line = None if isinstance(self._stream.media_format, ImageFormat) else last_line
                 position = SourcePosition(f"files:{self._name}", name, line)
-                while (
-                    outcome := await submit_rows(self._name, block.raw, position, block.lines, rejected)
-                ).is_store_full:
-                    await asyncio.sleep(self._source.poll_interval)
+                submit = partial(submit_rows, self._name, block.raw, position, block.lines, rejected)
+                outcome = await self._queue.submit(submit)
                 progress.last_line, progress.last_row = last_line, outcome.last_row or progress.last_row
                 progress.deaths, progress.is_compared = 0, progress.is_compared or block.raw.n > 0
                 rejected |= dict(outcome.rejected)
-                progress.is_torn = last_line in rejected
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
+                progress.is_torn = last_line in rejected
                 for line, reason in sorted(rejected.items())[: max(0, _MAX_LOGGED_ROWS - progress.rejected_rows)]:
                     log.warning("%s: line %d: %s", self._log_name(original_name(name)), line, printable(reason))
                 progress.rejected_rows += len(rejected)
 
-    async def _read_blocks(self, file: int, name: str, progress: _FileProgress) -> AsyncGenerator[FileBlock]:
+    async def _read_blocks(self, file: int, name: str, progress: FileProgress) -> AsyncGenerator[FileBlock]:
         """Yield the blocks after `progress`. Raises UsageError if this file cannot be read, OSError if none can."""
         try:
             async with contextlib.aclosing(self._decode_blocks(file, name, progress.last_line)) as blocks:
@@ -437,17 +423,17 @@ class FolderWatcher:
         except OSError as error:
             raise self._to_file_error(error, progress) from None
 
-    def _to_file_error(self, error: OSError, progress: _FileProgress) -> Exception:
+    def _to_file_error(self, error: OSError, progress: FileProgress) -> Exception:
         """Return `error` if it is one of the machine, else an error of the file."""
         if error.errno in _TRANSIENT_ERRNOS:
             return error
         return self._make_file_error(error, progress)
 
-    def _make_file_error(self, error: OSError, progress: _FileProgress) -> UsageError:
+    def _make_file_error(self, error: OSError, progress: FileProgress) -> UsageError:
         text = f"cannot be read: {error.strerror or error}; fix that, and put it into the folder again"
         return UsageError(text + self._describe_stored(progress))
 
-    def _describe_stored(self, progress: _FileProgress) -> str:
+    def _describe_stored(self, progress: FileProgress) -> str:
         return f"; its lines up to {progress.last_line} are in the stream already" if progress.last_line else ""
 
     async def _decode_blocks(self, file: int, name: str, skip: int) -> AsyncGenerator[FileBlock]:
@@ -482,12 +468,6 @@ class FolderWatcher:
             # The thread then ends, too.
             self._decoder.close()
             raise
-
-
-def _has_all_times(raw: RawColumns) -> bool:
-    if raw.t is None or isinstance(raw.t, list):
-        return raw.t is not None and None not in raw.t
-    return not np.isnan(raw.t).any()
 
 
 def _claim_number(claimed: str) -> int:
