@@ -90,6 +90,14 @@ def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> Non
     assert "more false alarms than the budget" in render(unexplained)
 
 
+@pytest.mark.process
+def test_without_a_drain_only_devices_with_messages_left_count_as_undelivered(tmp_path: Path) -> None:
+    outage = '{ kind = "outage", devices = ["hall-02"], at = "1 s", lasts = "5 s" }'
+    text = f'seed = 5\nduration = "7 s"\ndrain = "0 s"\ngroups.hall = {{ devices = 2 }}\nevents = [{outage}]\n'
+    outcome, _ = simulate(tmp_path / "a", text)
+    assert outcome.undelivered == ["hall-02"]
+
+
 def write_slow_rows(folder: Path) -> Path:
     """Write a row a second: few enough bytes that a device commits them to its journal."""
     table = folder / "slow.csv"

@@ -328,7 +328,7 @@ class Simulation:
         while waiting and self.room.now_s < end_s:
             self._advance(min(end_s, self.room.now_s + _IDLE_S))
             waiting = {name: each for name, each in waiting.items() if each.is_on and each.has_unsent()}
-        return [*waiting]
+        return [name for name, each in waiting.items() if each.is_on and each.has_unsent()]
 
     def _record_published(self) -> None:
         published = self.air.published
