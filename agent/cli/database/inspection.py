@@ -100,8 +100,9 @@ def add_commands(
         **location: str | None,
     ) -> None:
         """Show rows of TABLE, which may be a view."""
-        selection = {"where": where, "order_by": order_by, "limit": limit}
-        print_table_rows(open_at(**location), table, as_csv=as_csv, as_json=as_json, **selection)
+        print_table_rows(
+            open_at(**location), table, where=where, order_by=order_by, limit=limit, as_csv=as_csv, as_json=as_json
+        )
 
     @group.command(epilog=f'Example: {program} query "{sql}"')
     @click.argument("sql")
@@ -135,13 +136,20 @@ def print_schema(database: sqlite_utils.Database, table: str | None) -> None:
 
 
 def print_table_rows(
-    database: sqlite_utils.Database, name: str, *, as_csv: bool, as_json: bool, **selection: Any
+    database: sqlite_utils.Database,
+    name: str,
+    *,
+    where: str | None,
+    order_by: str | None,
+    limit: int | None,
+    as_csv: bool,
+    as_json: bool,
 ) -> None:
     """Print rows of a table or view. Raises UsageError for an unknown name, and for SQL that SQLite refuses."""
     require_one_format(as_csv, as_json)
     with _translate_errors():
         table = _find_table(database, name)
-        rows = table.rows_where(**selection)
+        rows = table.rows_where(where, order_by=order_by, limit=limit)
         names = [column.name for column in table.columns]
         fetched = _fetch(tuple(row.values()) for row in rows)
     print_rows(names, iter(fetched), as_csv=as_csv, as_json=as_json)
