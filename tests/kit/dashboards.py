@@ -71,7 +71,7 @@ class ServedDashboard(msgspec.Struct):
         return self.request("POST", path, urlencode(form), cookie, sent)
 
     def request(self, method: str, path: str, body: str | None, cookie: str, headers: Mapping[str, str]) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         sent = {name.replace("_", "-"): value for name, value in headers.items() if value != "-"}
         if cookie:
             sent["cookie"] = cookie
