@@ -36,6 +36,7 @@ class FinishedFiles:
         self._files: dict[str, FinishedFile] = {}
         # Of files that were taken back, by claimed name.
         self._pauses_s: dict[str, float] = {}
+        self._next_look_s = 0.0
 
     def add(self, name: str, claimed: str, state: FileState, line: int) -> None:
         pause_s = min(2 * self._pauses_s.pop(claimed, _FIRST_PAUSE_S / 2), _MAX_PAUSE_S)
@@ -48,8 +49,14 @@ class FinishedFiles:
         self._pauses_s = {file.claimed: file.pause_s} | dict(list(self._pauses_s.items())[:_MAX_FILES])
 
     def iter_grown(self, folder: WatchedFolder) -> Iterator[tuple[str, FinishedFile]]:
-        """Yield the files that are longer now, after their pause. Raises OSError."""
+        """Yield the files that are longer now, after their pause; at most one look at all in `_FIRST_PAUSE_S`.
+
+        Raises OSError.
+        """
         now_s = time.monotonic()
+        if now_s < self._next_look_s:
+            return
+        self._next_look_s = now_s + _FIRST_PAUSE_S
         for name, file in list(self._files.items()):
             if now_s - file.since_s < file.pause_s:
                 continue
