@@ -44,7 +44,9 @@ def _parse_moment(text: str) -> str:
     return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 
 
-DURATION, SIZE = _Parsed("time", parse_duration), _Parsed("size", parse_size)
+# Plain numbers: what takes them over may be encoded.
+DURATION = _Parsed("time", lambda text: float(parse_duration(text)))
+SIZE = _Parsed("size", lambda text: int(parse_size(text)))
 # A time, or the time a duration ago, as RFC 3339.
 MOMENT = _Parsed("time", _parse_moment)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
