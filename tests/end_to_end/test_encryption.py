@@ -62,7 +62,9 @@ def test_a_recording_of_all_topics_has_no_planted_value(tmp_path: Path, encrypt:
         hospital = Hospital(tmp_path, fleet, f"{_OPEN}encrypt = {str(encrypt).lower()}\n")
         recorder = Recorder(fleet.broker.url)
         hospital.feed()
-        reply = call_outstation("fleet", "command", "ward-1", "report", "--dir", str(fleet.home), "--json")
+        reply = call_outstation(
+            "fleet", "command", "ward-1", "report", "--dir", str(fleet.home), "--wait", "90", "--json"
+        )
         assert reply.returncode == 0, reply.stdout + reply.stderr
         code, audit = audit_fleet(fleet.home)
         assert (code, audit["gaps"]) == (0, [])

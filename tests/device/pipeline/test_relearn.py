@@ -188,11 +188,11 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
 
 def test_the_running_daemon_applies_local_and_remote_requests(fleet: LocalFleet) -> None:
     device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 10).add_task("exercise").start_and_wait()
-    done = call_outstation("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
+    local = ("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config))
+    done = call_outstation(*local, "--wait", "90", "--json")
     assert json.loads(done.stdout)["taken_up"]
-    sent = call_outstation(
-        "fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home), "--json"
-    )
+    remote = ("fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home))
+    sent = call_outstation(*remote, "--wait", "90", "--json")
     assert json.loads(sent.stdout)["ok"], sent.stdout
 
     def requests() -> list[Any]:
