@@ -102,7 +102,6 @@ def evaluate(
     latency(BATCH).p95_ms, model.bytes or warnings. A * stands for any text, and .low and .high for the ends of the
     95 % interval. Exit code 1 if one is not met, or if a rule of --against does not pass.
     """
-    from agent.cli.model import evaluation_tables
     from agent.evaluation import cards, gate
     from agent.evaluation.context import EvaluationRequest
 
@@ -130,14 +129,7 @@ def evaluate(
         result = _compare(result, loaded, other, request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
-    files = _write_files(result, texts, html, folder, junit)
-
-    def print_human() -> None:
-        evaluation_tables.print_evaluation(result)
-        for path in files:
-            echo(f"written: {path}")
-
-    emit(result, as_json, print_human, passed=all(each.state == "passed" for each in result.requirements))
+    _emit(result, _write_files(result, texts, html, folder, junit), as_json)
 
 
 def _check_request(request: EvaluationRequest, engine: str) -> None:
@@ -188,6 +180,18 @@ def _write_files(
     if junit is not None:
         texts_by_file[junit] = gate.to_junit(result.requirements, result.model.name)
     return [write_output(path, text.encode()) for path, text in texts_by_file.items()]
+
+
+def _emit(result: Evaluation, files: Sequence[Path], as_json: bool) -> None:
+    """Print the result and the names of written files; exit with code 1 unless each requirement is met."""
+    from agent.cli.model import evaluation_tables
+
+    def print_human() -> None:
+        evaluation_tables.print_evaluation(result)
+        for path in files:
+            echo(f"written: {path}")
+
+    emit(result, as_json, print_human, passed=all(each.state == "passed" for each in result.requirements))
 
 
 def _with_min_count(request: EvaluationRequest, bundle: Bundle) -> EvaluationRequest:

@@ -7,7 +7,6 @@ rows are committed to and measured for drift. Of a backlog, it computes the next
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -18,8 +17,7 @@ import numpy as np
 from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
 from agent.clock import ClockReading
-from agent.device.machine import heap
-from agent.device.pipeline import batch_messages, drift_state, label_metrics
+from agent.device.pipeline import batch_messages, drift_state, label_metrics, prepared_batch
 from agent.device.pipeline.batch_messages import RowCommitments
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask, StartedBatch
@@ -31,7 +29,6 @@ from agent.device.store.clock_segments import ClockSegments
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.predictions import StoredPredictions, output_key
 from agent.device.store.row_batch import RowBatch
-from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import Store
 from agent.drift.baseline import modes
 from agent.drift.baseline.modes import Modes
@@ -41,16 +38,12 @@ from agent.errors import StorageFull
 from agent.model.inference import features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
-from agent.model.inference.model_windows import ModelWindows
 from agent.model.inference.scores import Labels, Scores
 from agent.performance.expected_error import NO_ERROR_BINS, ErrorBins
 
 if TYPE_CHECKING:
     from agent.device.pipeline.joined_streams import JoinedBatch
     from agent.device.samples.requests import SampleRequest
-
-# A batch takes so large a share of its rows more with it, if then none wait.
-_REST_DIVISOR = 16
 
 
 class BatchResult(msgspec.Struct, frozen=True):
@@ -120,9 +113,9 @@ def _run_once(
 ) -> BatchResult | None:
     cursor = store.cursor(task.name)
     after = store.first_row(task.config.stream) - 1 if cursor is None else cursor
-    started = _take_started(task, store, after, max_rows)
+    started = prepared_batch.take_started(task, store, after, max_rows)
     if started is None:
-        batch = _read_backlog(task, store, after, max_rows)
+        batch = prepared_batch.read_backlog(task, store, after, max_rows)
         if batch is None:
             return None
         if batch.loss_reason:
@@ -142,8 +135,8 @@ def _run_once(
                 return None
             # The rows after these cannot be read, so these will never fill a window.
             cut = WindowCut(cut.starts, len(batch.t), cut.joined)
-        started = msgspec.structs.replace(_prepare(task, store, batch, cut).start(task), joined=joined)
-    following_batch = _prepare_next(task, store, started, max_rows)
+        started = msgspec.structs.replace(prepared_batch.prepare(task, store, batch, cut).start(task), joined=joined)
+    following_batch = prepared_batch.prepare_next(task, store, started, max_rows)
     commitments, measured = _commit_rows(task, store, message_log, started), _measure(task, started)
     with task.crash_guard():
         results = task.inference.finish(started.run, started.cut)
@@ -161,67 +154,6 @@ def _run_once(
 
 
 # --- read ---
-
-
-class _PreparedBatch(msgspec.Struct, frozen=True, eq=False):
-    batch: RowBatch
-    cut: WindowCut
-    features: Float32s
-    windows: ModelWindows
-
-    def start(self, task: LoadedTask) -> StartedBatch:
-        with task.crash_guard():
-            return StartedBatch(self.batch, self.cut, self.features, task.inference.start(self.windows))
-
-
-def _prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> _PreparedBatch:
-    """Build the features and the model's windows of a batch."""
-    values = features.stack_parts([[part.columns[i] for i in task.input_columns] for part in batch.parts])
-    history = load_history(task, store, batch.first - 1, task.inference.history_rows)
-    rows, t = values, batch.t
-    if len(history):
-        earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
-        rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
-    return _PreparedBatch(batch, cut, values, task.inference.prepare(rows, t, cut, history_rows=len(history)))
-
-
-def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_rows: int) -> _PreparedBatch | None:
-    """Prepare the batch after `current` while the model computes that one; None if it has to wait for its turn."""
-    # A batch that joins streams waits for their rows.
-    is_backlog = task.is_pipelined and len(current.batch.t) >= max_rows and task.joined_reader is None
-    if not (is_backlog and task.model.is_concurrent and len(os.sched_getaffinity(0)) > 1):
-        return None
-    limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
-    after = current.batch.first + current.cut.consumed - 1
-    batch = _read_backlog(task, store, after, limit)
-    if batch is None or batch.loss_reason:
-        return None
-    cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
-    return _prepare(task, store, batch, cut) if cut.consumed else None
-
-
-def _read_backlog(task: LoadedTask, store: Store, after: int, max_rows: int) -> RowBatch | None:
-    """Read the `max_rows` rows after row `after`, and the others that wait if these are few."""
-    waiting = store.last_row(task.config.stream) - after
-    if waiting >= max_rows:
-        heap.keep_free()
-    limit = waiting if max_rows < waiting <= _with_rest(max_rows) else max_rows
-    return store.read_rows(task.config.stream, task.stream.fields, after, limit)
-
-
-def _with_rest(max_rows: int) -> int:
-    """Return the rows of a batch that leaves no few rows behind: a small batch costs several times as much a row."""
-    return max_rows + max_rows // _REST_DIVISOR
-
-
-def _take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> StartedBatch | None:
-    """Return the batch that was started if it follows row `after`, has at most `max_rows`, and its rows are there."""
-    started, task.started = task.started, None
-    if started is None or started.batch.first != after + 1 or len(started.batch.t) > _with_rest(max_rows):
-        return None
-    # Evicted rows are declared as lost, and whoever ended the model's process did not mean the batch.
-    is_lost = store.first_row(task.config.stream) > after + 1 or started.run.run.failure is not None
-    return None if is_lost else started
 
 
 def _commit_rows(task: LoadedTask, store: Store, message_log: MessageLog, started: StartedBatch) -> RowCommitments:
@@ -270,19 +202,6 @@ def _read(
         frozenset() if state is None else label_metrics.list_contradicted(task, store),
         started.joined,
     )
-
-
-def load_history(task: LoadedTask, store: Store, last_row: int, count: int) -> Rows:
-    """Return the `count` rows up to `last_row`, for features that look back; fewer if some are deleted or damaged."""
-    at = max(0, last_row - count)
-    pieces: list[Rows] = []
-    while at < last_row:
-        piece = store.read_rows(task.config.stream, task.stream.fields, at, last_row - at)
-        if piece is None:
-            break
-        pieces = [] if piece.loss_reason else [*pieces, piece.rows]
-        at = piece.last
-    return concatenate(pieces) if pieces else EMPTY_ROWS
 
 
 def _read_modes(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> Modes | None:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from agent.arrays import Float32s, Float64s, Ints
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, Predictions
-from agent.device.pipeline import batch
+from agent.device.pipeline import prepared_batch
 from agent.device.pipeline.labelled_output import HeldOutScores, LabelledOutput, list_held_out_scores, list_outputs
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import labels, predictions
@@ -71,7 +71,7 @@ def _cut_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: I
     limit. Raises StorageError.
     """
     spec, length = task.inference.manifest.input, task.window_rows
-    past = batch.load_history(task, store, source_batch.first - 1, task.inference.history_rows + length - 1)
+    past = prepared_batch.load_history(task, store, source_batch.first - 1, task.inference.history_rows + length - 1)
     rows = concatenate([past, source_batch.rows]) if len(past) else source_batch.rows
     # Windows may begin before the batch, and features look back from there.
     before = max(0, len(past) - (length - 1))
