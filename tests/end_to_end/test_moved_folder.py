@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.cli.device import run
+from agent.config import load as load_config
+from agent.device.daemon import Daemon
+from agent.device.signals import Signals
+from agent.errors import StorageError, StorageMoved
 from agent.testing.patience import wait_until
 from agent.testing.process import OutstationProcess
 from tests.kit.commands import call_outstation
@@ -26,6 +31,22 @@ def daemon(tmp_path: Path) -> Iterator[OutstationProcess]:
     process = OutstationProcess(tmp_path / "log", "run", "-c", str(config))
     yield process
     process.kill()
+
+
+@pytest.mark.parametrize("error", [StorageError("disk I/O error"), FileNotFoundError(2, "No such file or directory")])
+def test_a_folder_that_moves_after_the_check_of_a_transaction_is_the_reason(
+    tmp_path: Path, daemon: OutstationProcess, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    config, data = tmp_path / "home" / "outstation.toml", tmp_path / "home" / "data"
+
+    def move_and_fail(_daemon: Daemon) -> None:
+        data.rename(tmp_path / "former")
+        raise error
+
+    monkeypatch.setattr(Daemon, "begin", move_and_fail)
+    with pytest.raises(StorageMoved, match="it was moved to"):
+        run._run(config, load_config(config), Signals())
+    assert not data.exists()
 
 
 def listens(path: Path) -> bool:

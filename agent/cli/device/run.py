@@ -18,7 +18,7 @@ from agent.device.commands import erasure, wipe
 from agent.device.machine.systemd import notify
 from agent.device.recovery.open import acquire_lock
 from agent.device.signals import Signals
-from agent.errors import ConfigError, StorageForked, UsageError
+from agent.errors import ConfigError, StorageError, StorageForked, UsageError
 from agent.model.sandbox import launch
 
 logger = logging.getLogger("outstation")
@@ -119,6 +119,10 @@ def _run(file: Path, conf: Config, between: Signals) -> Config | None:
         except UsageError as error:
             raise _NotStarted(error) from None
         return signals.next_config
+    except (StorageError, OSError):
+        # The folder may have moved since the check before a transaction, or where there is none.
+        store.require_in_place()
+        raise
     finally:
         store.close()
         for number, handler in before.items():
