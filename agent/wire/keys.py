@@ -44,6 +44,10 @@ class PublicKey:
     def __init__(self, raw: bytes) -> None:
         self.raw, self._key = raw, Ed25519PublicKey.from_public_bytes(raw)
 
+    def __reduce__(self) -> tuple[type[PublicKey], tuple[bytes]]:
+        """Pickle the raw key, as the library's cannot be: worker processes are given keys."""
+        return PublicKey, (self.raw,)
+
     def verify(self, signature: bytes, data: bytes) -> None:
         """Verify a signature. Raises cryptography's InvalidSignature."""
         self._key.verify(signature, data)

@@ -25,6 +25,7 @@ from agent.config import BrokerConfig
 from agent.errors import UsageError
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.workers.device_ranges import split_devices
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import MessageSender, SignedMessage
 from agent.testing.patience import wait_until
@@ -203,6 +204,31 @@ def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder:
     report = document("audit", "--dir", folder, "--device", "pi-07")
     assert [(entry["device"], entry["log"], entry["seq"]) for entry in report["invalid"]] == [("pi-07", sender.log, 2)]
     assert report["passed"] is False
+
+
+def test_worker_processes_audit_a_database_of_ten_thousand_messages(folder: Path) -> None:
+    senders = [MessageSender("pi-07"), MessageSender("pi-08")]
+    for sender in senders:
+        collected(folder, sender, *(sender.quality() for _ in range(5_000)))
+    with FleetStore(folder / "fleet.db", read_only=True) as store:
+        # Fewer messages are audited without another process.
+        assert len(split_devices(store, 2)) == 2
+    audit = ("audit", "--processes", "2", "--dir", folder)
+    first = run(*audit)
+    assert (first.exception, first.stdout.splitlines()[-1:]) == (None, ["PASSED"])
+    with FleetStore(folder / "fleet.db") as store:
+        store.ingest([Arrival(sender.verify(sender.results())) for sender in senders], [], NOW)
+    further = document(*audit)
+    assert (further["passed"], further["messages"], further["checkpoint"] is not None) == (True, 10_002, True)
+    for option in (("--full",), ("--db", f"sqlite:///{folder / 'fleet.db'}")):
+        assert document(*audit, *option) == {**further, "checkpoint": None}
+    with contextlib.closing(sqlite3.connect(folder / "fleet.db")) as db, db:
+        db.execute("UPDATE messages SET payload = CAST(replace(payload, '0.9', '0.8') AS BLOB) WHERE seq = 5000")
+    db.close()
+    altered = run(*audit)
+    assert altered.exit_code == 1
+    for sender in senders:
+        assert f"{sender.device} {sender.log} seq 5000 does not verify: bad signature" in altered.stdout
 
 
 @pytest.mark.parametrize(

@@ -496,7 +496,9 @@ def test_processes_audit_ranges_of_devices_and_report_in_order(
     assert not expected["passed"]
     assert len(workers.split_devices(store, 2)) == 4
     advanced: list[int] = []
-    assert audit(store, None, advanced.append, (), 2).to_dict() == expected
+    keys = [AUDITOR.public]
+    assert audit(store, None, advanced.append, keys, 2, keys).to_dict() == expected
     assert sum(advanced) == expected["messages"]
     for turn in range(2):
-        assert audit_on(store, checkpoints, processes=2) == (expected, turn > 0)
+        result = audit_on(store, checkpoints, operators=keys, processes=2, collectors=keys)
+        assert result == (expected, turn > 0)
