@@ -23,6 +23,7 @@ from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
+from agent.drift.monitor_settings import MonitorSettings
 from agent.errors import ConfigError
 from agent.model import activation
 from agent.model.activation import LoadedBundle
@@ -241,16 +242,18 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         key += f' (as bundle {manifest.name} says; class_field = "" for none)'
         config.check_class_field(file, key, declared, stream)
     return DriftMonitor(
-        active.reference,
-        labels=manifest.output.labels,
-        window=manifest.drift.window,
-        learn_windows=task.learn_windows,
-        min_learn_s=float(task.learn_duration),
-        learn_extension=task.learn_extension,
-        seasonality=task.seasonality or manifest.drift.seasonality or "auto",
-        units=manifest.input.units,
-        roles=manifest.input.roles,
-        class_field=declared if task.class_field is None else task.class_field,
-        hold_deviating=task.on_deviation == "hold",
-        further=scores.monitored_outputs(manifest),
+        MonitorSettings(
+            active.reference,
+            labels=manifest.output.labels,
+            window=manifest.drift.window,
+            learn_windows=task.learn_windows,
+            min_learn_s=float(task.learn_duration),
+            learn_extension=task.learn_extension,
+            seasonality=task.seasonality or manifest.drift.seasonality or "auto",
+            units=manifest.input.units,
+            roles=manifest.input.roles,
+            class_field=declared if task.class_field is None else task.class_field,
+            hold_deviating=task.on_deviation == "hold",
+            further=scores.monitored_outputs(manifest),
+        )
     )

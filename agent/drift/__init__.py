@@ -6,13 +6,14 @@
 - `testing`: all tests of a window, over consecutive windows
 - `faults`: sensor faults, told apart from drift
 - `reporting`: messages, alert texts, and their parser
-- `monitor`: the state machine of a task
+- `monitor`: the state machine of a task; `monitor_settings`: what its config and bundle say of it
 
 A *drift window* holds several *model windows*; for a model that answers each row, a model window has one row.
 """
 
 from agent.drift.baseline.reference import Reference
 from agent.drift.monitor import DriftMonitor
+from agent.drift.monitor_settings import MonitorSettings
 from agent.drift.state import DriftState, DriftWindowResult
 
-__all__ = ["DriftMonitor", "DriftState", "DriftWindowResult", "Reference"]
+__all__ = ["DriftMonitor", "DriftState", "DriftWindowResult", "MonitorSettings", "Reference"]

@@ -224,6 +224,4 @@ def _with_effects(cusum: Cusum, effect: Float64s) -> Cusum:
 
     The first window counts half, as `Alarm.mean_effect` expects.
     """
-    return Cusum(
-        cusum.value, cusum.windows, (cusum.windows - 0.5) * effect, cusum.since, cusum.alarm, cusum.clear_count
-    )
+    return replace(cusum, effect=(cusum.windows - 0.5) * effect)

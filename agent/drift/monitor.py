@@ -15,7 +15,6 @@ It is pure: state and batch in, new state and results out, and the same whatever
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -29,7 +28,7 @@ from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline import deviation
 from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
-from agent.drift.baseline.reference import MIN_WINDOWS, Reference
+from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, MeasuredWindows, WindowAnalysis
@@ -37,7 +36,7 @@ from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.constant_runs import ConstantRuns, run_until_stuck
 from agent.drift.faults.missing_values import MissingValues
-from agent.drift.outputs.counts import FurtherOutput
+from agent.drift.monitor_settings import MonitorSettings
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.reporting.field_roles import complete_roles
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
@@ -58,79 +57,24 @@ class _Outcome(msgspec.Struct, frozen=True):
 
 
 class DriftMonitor:
-    """Monitor of a task's batches against its shipped reference and, once learned, its site's reference.
+    """Monitor of a task's batches against its shipped reference and, once learned, its site's reference."""
 
-    The site's reference is learned from `learn_windows` drift windows and at least `min_learn_s` seconds of readings.
-    Where these windows are too much like their neighbors, learning goes on, up to `learn_extension` times as long.
-    `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). `class_field` names
-    the field whose values are the classes of a model that names none; `further` are the outputs beside the main one.
-    With `hold_deviating`, a reference that deviates is not used until somebody accepts it. `own` is the bundle's
-    reference, where `shipped` is merged with that of the bundle before.
-    """
-
-    def __init__(
-        self,
-        shipped: Reference,
-        *,
-        labels: Sequence[str],
-        window: int,
-        learn_windows: int = 40,
-        units: Sequence[str] = (),
-        roles: Sequence[str] = (),
-        min_learn_s: float = 0.0,
-        learn_extension: float = 4.0,
-        seasonality: str = "auto",
-        class_field: str = "",
-        hold_deviating: bool = False,
-        own: Reference | None = None,
-        further: Sequence[FurtherOutput] = (),
-    ) -> None:
-        if tuple(labels) != shipped.labels:
-            raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
-        if shipped.further and [reference.output for reference in shipped.further] != list(further):
-            raise BadBundle("the drift reference has other further outputs than the model: build reference.json for it")
-        if learn_windows < MIN_WINDOWS:
-            raise ValueError(
-                f"a site cannot learn its reference from {learn_windows} drift windows; {MIN_WINDOWS} is the least"
-            )
-        if class_field and shipped.labels:
-            raise BadBundle(f"the model names classes itself: {class_field!r} cannot name them, too")
-        self.own = own or shipped
-        self.basis = shipped
-        self.shipped = shipped.with_modes(CLASS_COUNT) if class_field else shipped
-        self.class_field = class_field
-        self.further = tuple(further)
-        self.window = window
-        self.learn_windows = learn_windows
-        self.units = tuple(units) or ("",) * len(shipped.fields)
-        self._alert_lifecycle = AlertLifecycle(shipped, self.units, complete_roles(roles, shipped))
-        self.min_learn_s = min_learn_s
-        self.learn_extension = learn_extension
-        self.seasonality = seasonality
-        self.hold_deviating = hold_deviating
+    def __init__(self, settings: MonitorSettings) -> None:
+        shipped = settings.shipped
+        self.settings = settings
+        self.shipped = shipped.with_modes(CLASS_COUNT) if settings.class_field else shipped
+        self._units = tuple(settings.units) or ("",) * len(shipped.fields)
+        self._alert_lifecycle = AlertLifecycle(shipped, self._units, complete_roles(settings.roles, shipped))
         self._empty_summary = Summary.empty(self.shipped)
         self._empty_learning = LearningState.empty(self.shipped)
         self._tester: DriftTester | None = None
 
     def rebase(self, basis: Reference) -> DriftMonitor:
         """Return this monitor with another shipped reference."""
-        return DriftMonitor(
-            basis,
-            labels=basis.labels,
-            window=self.window,
-            learn_windows=self.learn_windows,
-            units=self.units,
-            min_learn_s=self.min_learn_s,
-            learn_extension=self.learn_extension,
-            seasonality=self.seasonality,
-            class_field=self.class_field,
-            hold_deviating=self.hold_deviating,
-            own=self.own,
-            further=self.further,
-        )
+        return DriftMonitor(replace(self.settings, basis=basis))
 
     def start(self) -> DriftState:
-        return DriftState.start(self.shipped, self.window, self.class_field)
+        return DriftState.start(self.shipped, self.settings.window, self.settings.class_field)
 
     def restore(
         self, data: bytes, learning: bytes | None = None, site: bytes | None = None, guard: bytes | None = None
@@ -143,8 +87,8 @@ class DriftMonitor:
         state = DriftState.from_parts(data, site, guard)
         if (state.open_summary.reference, state.window, state.class_field) != (
             self.shipped.digest,
-            self.window,
-            self.class_field,
+            self.settings.window,
+            self.settings.class_field,
         ):
             raise ValueError("this drift state was made for another reference, window length or field of modes")
         if not state.is_compatible(self.shipped.task):
@@ -240,7 +184,7 @@ class DriftMonitor:
             )
         if window_rows != self.shipped.window_rows:
             raise BadBundle(f"the drift reference is for windows of {self.shipped.window_rows} rows, not {window_rows}")
-        if self.class_field and modes is not None:
+        if self.settings.class_field and modes is not None:
             known, predicted = assign_classes(state.known_modes, modes)
             state = replace(state, known_modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
@@ -264,13 +208,14 @@ class DriftMonitor:
         if state.open_summary.model_windows:
             first = self._find_end(state, batch, 0)
             counted = first_row + int(starts[first - 1]) + self.shipped.window_rows - 1
-        windows = batches.find_complete_windows(self.shipped, batch, first, self.window, counted)
+        windows = batches.find_complete_windows(self.shipped, batch, first, self.settings.window, counted)
         return None if windows is None else windows.measure(self.shipped, batch)
 
     def _find_end(self, state: DriftState, batch: Batch, first: int) -> int:
         """Return how many model windows there are up to the end of what is added to the open drift window at once."""
         most = int(np.searchsorted(batch.starts, batch.starts[first] + batches.max_rows_per_pass(batch)))
-        return min(first + self.window - state.open_summary.model_windows, len(batch.starts), max(first + 1, most))
+        to_fill = self.settings.window - state.open_summary.model_windows
+        return min(first + to_fill, len(batch.starts), max(first + 1, most))
 
     def _fill_windows(
         self, state: DriftState, batch: Batch, first: int, measured: MeasuredWindows | None
@@ -279,17 +224,19 @@ class DriftMonitor:
         ahead = (
             None
             if state.open_summary.model_windows
-            else batches.find_complete_windows(self.shipped, batch, first, self.window, state.last_counted_row)
+            else batches.find_complete_windows(self.shipped, batch, first, self.settings.window, state.last_counted_row)
         )
         full: FullWindows | None = None
         if ahead is None:
             stop = self._find_end(state, batch, first)
             part = batch.slice_windows(slice(first, stop), self.shipped)
             state = fill_window(state, self.shipped, part, self._assign_classes(state, part.stats, part.predicted))
-            if state.open_summary.model_windows < self.window:
+            if state.open_summary.model_windows < self.settings.window:
                 return state, [], stop
             full, first = FullWindows.from_state(state, stop), stop
-            ahead = batches.find_complete_windows(self.shipped, batch, first, self.window, state.last_counted_row)
+            ahead = batches.find_complete_windows(
+                self.shipped, batch, first, self.settings.window, state.last_counted_row
+            )
         if ahead is not None:
             more = ahead.summarize(self.shipped, batch, measured, partial(self._assign_classes, state))
             full = full.extend(more) if full else more
@@ -380,7 +327,7 @@ class DriftMonitor:
             index,
             analysis.summaries,
             self.shipped,
-            self.units,
+            self._units,
             state.site_reference,
             state.faults.misread,
             state.faults.exchanged,
@@ -434,27 +381,30 @@ class DriftMonitor:
         return chart.update_until_alarm(missing, rows[ahead], start_times[ahead], baseline)
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
+        settings = self.settings
         learning, before = state.learning.add(state.open_summary, self.shipped.task, t=state.t), state.learning
         gathered, first = replace(state, learning=learning), not self._has_learned(state, before)
-        more = learning.total_windows - self.learn_windows
+        more = learning.total_windows - settings.learn_windows
         # A reference that may need more windows is calibrated again after each quarter of the windows.
-        if not self._has_learned(state, learning) or not (first or more % max(1, self.learn_windows // 4) == 0):
+        if not self._has_learned(state, learning) or not (first or more % max(1, settings.learn_windows // 4) == 0):
             return gathered, None, None
         # Imported here, as at most starts nothing is learned.
         from agent.drift.baseline.learning import calibrate_reference, compute_residuals
 
-        fresh, shipped = replace(state, learning=self._empty_learning), replace(self.shipped, window=self.window)
-        number = state.learned_count + 1
+        fresh, shipped = replace(state, learning=self._empty_learning), replace(self.shipped, window=settings.window)
+        number, seasonality = state.learned_count + 1, settings.seasonality
         try:
-            site = calibrate_reference(shipped, learning, source="site", seasonality=self.seasonality, number=number)
+            site = calibrate_reference(shipped, learning, source="site", seasonality=seasonality, number=number)
         except BadBundle as refused:
-            if not (first or self._has_learned(state, learning, self.learn_extension)):
+            if not (first or self._has_learned(state, learning, settings.learn_extension)):
                 return gathered, None, None
-            return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
-        residuals = compute_residuals(shipped, learning, site, self.seasonality)
-        guard = state.guard.check(site, self.shipped, residuals, learning.t[:, 0], self.units, hold=self.hold_deviating)
+            return fresh, None, f"{refused}; gathering {settings.learn_windows} new windows"
+        residuals = compute_residuals(shipped, learning, site, seasonality)
+        guard = state.guard.check(
+            site, self.shipped, residuals, learning.t[:, 0], self._units, hold=settings.hold_deviating
+        )
         assert site.site is not None
-        if site.site.needs_more_windows and not self._has_learned(state, learning, self.learn_extension):
+        if site.site.needs_more_windows and not self._has_learned(state, learning, settings.learn_extension):
             # A change is reported at once, however long learning goes on.
             return replace(gathered, guard=state.guard.announce_steps(guard)), None, None
         if state.is_inherited:
@@ -484,8 +434,8 @@ class DriftMonitor:
 
     def _has_learned(self, state: DriftState, learning: LearningState, times: float = 1.0) -> bool:
         """Return True if so many times the required windows and seconds are gathered."""
-        required_s = times * max(self.min_learn_s, state.requested_learn_s)
-        return learning.total_windows >= times * self.learn_windows and learning.observed_s >= required_s
+        required_s = times * max(self.settings.min_learn_s, state.requested_learn_s)
+        return learning.total_windows >= times * self.settings.learn_windows and learning.observed_s >= required_s
 
     def _get_tester(self, reference: Reference) -> DriftTester:
         if self._tester is None or self._tester.reference is not reference:

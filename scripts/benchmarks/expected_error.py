@@ -13,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.authoring import error_training
-from agent.drift import DriftMonitor, DriftState, Reference
+from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
 from agent.drift.baseline.learning import build_reference
 from agent.performance.expected_error import ErrorReference
 from scripts.benchmarks import Report, Result, Section, benchmark, catalogue
@@ -109,7 +109,7 @@ def _table(answers: Answers) -> Floats:
 
 def count_alarms(data: str, sites: int = SITES, quiet: int = QUIET) -> tuple[int, int]:
     """Return alerts about the expected error, and quiet windows, of sites whose inputs do not change."""
-    monitor = DriftMonitor(_reference(data), labels=(), window=error_cases.ROWS, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(_reference(data), labels=(), window=error_cases.ROWS, learn_windows=LEARN))
     alarms = 0
     for site in range(sites):
         state = _feed(monitor, monitor.start(), data, 100 + site, LEARN)[0]

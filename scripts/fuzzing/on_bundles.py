@@ -19,6 +19,7 @@ from agent.datasets import training_data as data
 from agent.datasets.recordings import load, load_windows
 from agent.drift.baseline.reference import Reference, draft_reference
 from agent.drift.monitor import DriftMonitor
+from agent.drift.monitor_settings import MonitorSettings
 from agent.drift.state import DriftState
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.fleet import config as fleet_config
@@ -92,11 +93,11 @@ def reference_json(data: bytes) -> None:
     except BadBundle:
         return
     assert Reference.from_json(decoded.to_json()).digest == decoded.digest
-    DriftMonitor(decoded, labels=decoded.labels, window=5).start()
+    DriftMonitor(MonitorSettings(decoded, labels=decoded.labels, window=5)).start()
 
 
 def states() -> list[bytes]:
-    return [DriftMonitor(reference(), labels=LABELS, window=5).start().to_bytes()]
+    return [DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=5)).start().to_bytes()]
 
 
 @target("drift-state", "an accepted drift state survives a write and read", states, 8192)

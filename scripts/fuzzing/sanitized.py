@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from agent.kernel import library
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> int:
         file.write_bytes(data)
         target.run(data)
 
-    watched = Target(target.name, target.says, target.seeds, noted, target.longest)
+    watched = replace(target, run=noted)
     findings = explore(watched, int(seed), float(seconds), int(runs))
     for crash in findings.crashes.values():
         print(crash.trace, file=sys.stderr)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from agent.drift import DriftMonitor, DriftState
+from agent.drift import DriftMonitor, DriftState, MonitorSettings
 from tests.kit.machine import LABELS, LEARN, WINDOW, feed, readings, reference
 
 
 @pytest.fixture(scope="module")
 def monitor() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
+    return DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor
+from agent.drift import DriftMonitor, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors import daily_cycle
 
@@ -18,7 +18,7 @@ def alerts_of(rows: np.ndarray, shipped_rows: np.ndarray, t: np.ndarray, **optio
     count = len(shipped_rows)
     none = np.zeros(count, np.int64)
     shipped = build_reference(shipped_rows.astype(np.float32), np.arange(count), 1, none, None, WINDOW, fields=fields)
-    monitor = DriftMonitor(shipped, labels=(), window=WINDOW, **options)  # type: ignore[arg-type]
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=(), window=WINDOW, **options))  # type: ignore[arg-type]
     none = np.zeros(len(rows), np.int64)
     _, results = monitor.process_batch(
         monitor.start(), rows.astype(np.float32), np.arange(len(rows)), 1, none, None, rows=(1, len(rows)), t=t

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor, DriftWindowResult, Reference
+from agent.drift import DriftMonitor, DriftWindowResult, MonitorSettings, Reference
 from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors import daily_cycle
 from agent.errors import BadBundle
@@ -42,7 +42,9 @@ def days(
     rows[:, 1] *= 1 + 0.3 * wave
     rows[len(t) // 2 :, 2] += late
     monitor = DriftMonitor(
-        shipped(), labels=(), window=WINDOW, learn_windows=learn, min_learn_s=learn_s, learn_extension=extension
+        MonitorSettings(
+            shipped(), labels=(), window=WINDOW, learn_windows=learn, min_learn_s=learn_s, learn_extension=extension
+        )
     )
     none = np.zeros(len(t), np.int64)
     _, verdicts = monitor.process_batch(
@@ -117,7 +119,9 @@ def office(
     wave = np.maximum(0, np.sin(2 * np.pi * (local / daily_cycle.DAY_US - 0.25))) * works
     rows = rng.normal(size=(len(t), 3)) + np.stack([1.5 * wave, -0.8 * wave, 0 * wave], axis=1)
     monitor = DriftMonitor(
-        shipped(), labels=(), window=WINDOW, learn_windows=40, min_learn_s=learn_days * 86_400, seasonality=strata
+        MonitorSettings(
+            shipped(), labels=(), window=WINDOW, learn_windows=40, min_learn_s=learn_days * 86_400, seasonality=strata
+        )
     )
     none = np.zeros(len(t), np.int64)
     state, verdicts = monitor.start(), []
@@ -228,7 +232,9 @@ def test_a_turned_sensor_is_recognized_against_what_its_hour_lets_expect() -> No
         rows[4 * 24 * WINDOW :, 0] *= -1 if turned else 1
         none = np.zeros(len(t), np.int64)
         sunny = build_reference(rows.astype(np.float32), np.arange(len(t)), 1, none, None, WINDOW, fields=FIELDS, t=t)
-        monitor = DriftMonitor(sunny, labels=(), window=WINDOW, learn_windows=40, min_learn_s=3 * 86_400.0)
+        monitor = DriftMonitor(
+            MonitorSettings(sunny, labels=(), window=WINDOW, learn_windows=40, min_learn_s=3 * 86_400.0)
+        )
         _, verdicts = monitor.process_batch(
             monitor.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
         )

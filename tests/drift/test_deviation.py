@@ -15,6 +15,7 @@ from agent.drift.baseline.deviation import ReferenceGuard, find_steps
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.reference import Reference
 from agent.drift.monitor import DriftMonitor
+from agent.drift.monitor_settings import MonitorSettings
 from agent.drift.state import DriftState, DriftWindowResult
 
 FIELDS, UNITS, WINDOW, LEARN = ("temp", "flow"), ("°C", "l/s"), 60, 40
@@ -44,7 +45,7 @@ def shipped() -> Reference:
 
 
 def make_monitor(shipped: Reference, **options: Any) -> DriftMonitor:
-    return DriftMonitor(shipped, labels=(), window=WINDOW, learn_windows=LEARN, units=UNITS, **options)
+    return DriftMonitor(MonitorSettings(shipped, labels=(), window=WINDOW, learn_windows=LEARN, units=UNITS, **options))
 
 
 def feed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor, DriftState
+from agent.drift import DriftMonitor, DriftState, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.dispersion import DispersionDetector
 
@@ -38,7 +38,7 @@ def learned(length: int, seed: int = 1) -> tuple[DriftMonitor, DriftState]:
     shipped = build_reference(
         rows.astype(np.float32), starts, length, np.zeros(len(starts), np.int64), None, WINDOW, fields=FIELDS
     )
-    monitor = DriftMonitor(shipped, labels=(), window=WINDOW, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=(), window=WINDOW, learn_windows=LEARN))
     state, _ = feed(monitor, monitor.start(), steady(seed, LEARN, length), length)
     assert state.site_reference is not None
     return monitor, state

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.drift import DriftMonitor, DriftWindowResult
+from agent.drift import DriftMonitor, DriftWindowResult, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 from agent.drift.reporting.drift_message import round_effect_size, to_compact_numbers
 from agent.wire.jws import encode
@@ -25,7 +25,7 @@ def of_sixteen_fields_and_a_thousand_rows() -> dict[str, Any]:
     known = rng.normal(size=(LEARN * rows, fields)).astype(np.float32)
     at = np.arange(len(known))
     shipped = build_reference(known, at, 1, np.zeros_like(at), None, rows, fields=names)
-    monitor = DriftMonitor(shipped, labels=(), window=rows, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=(), window=rows, learn_windows=LEARN))
     live = rng.normal(size=((LEARN + 1) * rows, fields)).astype(np.float32)
     at = np.arange(len(live))
     _, verdicts = monitor.process_batch(
@@ -69,7 +69,9 @@ def spoiled(r: Readings) -> Iterator[tuple[str, Readings]]:
 
 
 def test_no_message_says_an_extreme_of_the_data() -> None:
-    monitor = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3)
+    monitor = DriftMonitor(
+        MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3)
+    )
     known, _ = feed(monitor, monitor.start(), readings(3, LEARN + 1))
     assert known.site_reference is not None
     named = set()
@@ -101,7 +103,9 @@ def near(value: float, number: float) -> bool:
 
 def test_where_values_are_held_at_the_references_own_limit_that_is_named() -> None:
     shipped = reference()
-    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3)
+    monitor = DriftMonitor(
+        MonitorSettings(shipped, labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3)
+    )
     r = readings(31, 3)
     high = float(shipped.high[1])
     held = np.minimum(r.features[:, 1] + np.float32(high - np.quantile(r.features[:, 1], 0.8)), np.float32(high))

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.authoring import error_training
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
 from agent.drift.baseline.learning import build_reference
 from agent.drift.outputs.counts import FurtherOutput
 from agent.drift.reporting import parsed_message
@@ -78,7 +78,7 @@ def raised(results: Iterable[DriftWindowResult]) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def monitor() -> DriftMonitor:
-    return DriftMonitor(shipped_reference(), labels=(), window=WINDOW, learn_windows=LEARN)
+    return DriftMonitor(MonitorSettings(shipped_reference(), labels=(), window=WINDOW, learn_windows=LEARN))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_stored_state_goes_on(monitor: DriftMonitor, learned: DriftState) -> N
 def test_a_bundle_that_knows_its_error_takes_over_from_one_that_does_not(learned: DriftState) -> None:
     shipped = shipped_reference()
     former = replace(shipped, error=None)
-    monitor = DriftMonitor(former, labels=(), window=WINDOW, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(former, labels=(), window=WINDOW, learn_windows=LEARN))
     state, _ = feed(monitor, monitor.start(), readings(3, LEARN + 2))
     merged = merge_references(former, shipped)
     heir = monitor.rebase(merged)
@@ -198,7 +198,9 @@ def several_outputs() -> Reference:
 
 @pytest.fixture(scope="module")
 def further() -> DriftMonitor:
-    return DriftMonitor(several_outputs(), labels=(), window=WINDOW, learn_windows=LEARN, further=[WEAR])
+    return DriftMonitor(
+        MonitorSettings(several_outputs(), labels=(), window=WINDOW, learn_windows=LEARN, further=[WEAR])
+    )
 
 
 @pytest.fixture(scope="module")

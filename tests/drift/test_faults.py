@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, succession
+from agent.drift import DriftMonitor, DriftState, MonitorSettings, succession
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.learning import build_reference
@@ -166,13 +166,13 @@ def row_by_row(shipped: Reference, rows: NDArray[np.float64]) -> Summary:
 
 @pytest.fixture(scope="module")
 def learned(shipped: Reference) -> DriftState:
-    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=LABELS, window=WINDOW))
     return feed(monitor, monitor.start(), readings(3, 42))[0]
 
 
 def alerted(shipped: Reference, learned: DriftState, r: Readings, units: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """Subject, fault and sentence of the fault alerts raised in four windows."""
-    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW, units=units)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=LABELS, window=WINDOW, units=units))
     _, verdicts = feed(monitor, learned, r)
     alerts = [a for v in verdicts for a in v.alerts if a.alert == "fault" and a.state == "raised"]
     return [(a.subject, a.evidence["fault"], a.summary) for a in alerts]
@@ -212,7 +212,7 @@ def reversed_sensor(monitor: DriftMonitor, learned: DriftState, windows: int, se
 def test_a_sensor_reversed_before_the_bundle_changed_stays_so_until_an_operator_decides(
     shipped: Reference, learned: DriftState
 ) -> None:
-    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=LABELS, window=WINDOW))
     carried, _ = succession.carry_over(monitor.start(), reversed_sensor(monitor, learned, 4))
     state = reversed_sensor(monitor, carried, 45)
     assert (state.site_reference, state.learning.total_windows) == (None, 0)
@@ -227,7 +227,7 @@ def test_a_sensor_reversed_before_the_bundle_changed_stays_so_until_an_operator_
 def test_a_fault_that_a_window_shows_without_a_site_clears_before_one_is_learned(
     shipped: Reference, learned: DriftState
 ) -> None:
-    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=LABELS, window=WINDOW))
     r = readings(22, 4)
     r.features[:, 1] += 50
     state, _ = succession.carry_over(monitor.start(), feed(monitor, learned, r)[0])
@@ -253,7 +253,7 @@ def test_honest_plateaus_of_a_site_are_learned(shipped: Reference, rows: NDArray
 def test_a_sensor_that_held_values_while_its_site_learned_is_not_stuck_if_it_holds_them_longer(
     shipped: Reference, learned: DriftState
 ) -> None:
-    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=LABELS, window=WINDOW))
     limit = int(max_normal_run(shipped.longest, np.array([WINDOW * ROWS]))[0, 1])
 
     def hold(seed: int, windows: int, rows: int) -> Readings:

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, succession
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference, succession
 from agent.drift.baseline.learning import build_reference, with_score_accuracy
 from agent.drift.detectors.registry import CLASS_SHARE, SCORED
 from agent.drift.numeric import false_alarm_budget
@@ -51,7 +51,9 @@ def shipped() -> Reference:
 
 
 def make_monitor(reference: Reference | None = None) -> DriftMonitor:
-    return DriftMonitor(reference or shipped(), labels=LABELS, window=WINDOW, learn_windows=LEARN, further=OUTPUTS)
+    return DriftMonitor(
+        MonitorSettings(reference or shipped(), labels=LABELS, window=WINDOW, learn_windows=LEARN, further=OUTPUTS)
+    )
 
 
 def feed(
@@ -186,7 +188,7 @@ def test_a_reference_of_one_output_has_no_new_member() -> None:
 
 def test_a_model_with_other_further_outputs_is_refused() -> None:
     with pytest.raises(BadBundle, match="further outputs"):
-        DriftMonitor(shipped(), labels=LABELS, window=WINDOW, further=OUTPUTS[:1])
+        DriftMonitor(MonitorSettings(shipped(), labels=LABELS, window=WINDOW, further=OUTPUTS[:1]))
 
 
 def test_a_bundle_with_other_further_outputs_inherits_nothing() -> None:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor
+from agent.drift import DriftMonitor, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.learning_state import MAX_BYTES, MAX_WINDOWS, MIN_RETAINED_WINDOWS, LearningState
 from agent.drift.baseline.summary import Summary, summarize
@@ -22,11 +22,11 @@ YEAR_US = 365 * 86_400_000_000
 
 @pytest.fixture(scope="module")
 def monitor() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=40)
+    return DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=40))
 
 
 def test_a_task_learns_from_more_windows_than_are_stored(monitor: DriftMonitor) -> None:
-    many = DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=MAX_WINDOWS + 30)
+    many = DriftMonitor(MonitorSettings(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=MAX_WINDOWS + 30))
     state, verdicts = feed(many, many.start(), readings(5, MAX_WINDOWS + 31), batch=500)
     learned = [v.index for v in verdicts if v.learned_reference is not None]
     assert learned == [MAX_WINDOWS + 30]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from msgspec.structs import replace
 
-from agent.drift import DriftMonitor
+from agent.drift import DriftMonitor, MonitorSettings
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.mewma import CLIP, UNREACHABLE_LIMIT, Mewma, fit_limit
 from agent.drift.numeric.control_limits import ScoreNoise
@@ -84,7 +84,7 @@ def test_a_window_without_a_score_changes_nothing_and_a_sign_resets() -> None:
 
 
 def test_a_state_with_other_tests_is_refused() -> None:
-    monitor = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN))
     state, _ = feed(monitor, monitor.start(), readings(3, 2))
     old = replace(state, suite=replace(state.suite, cusum=Cusum.zeros(3)))
     with pytest.raises(ValueError, match="a version with other tests"):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
 from agent.arrays import Ints
-from agent.drift import DriftMonitor
+from agent.drift import DriftMonitor, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.faults.missing_values import MissingValues
@@ -124,7 +124,7 @@ def test_a_site_with_a_few_missing_values_still_learns_its_reference() -> None:
     sound = rng.normal(size=(60 * window, 2)).astype(np.float32)
     none, starts = np.zeros(60 * window, np.int64), np.arange(60 * window)
     shipped = build_reference(sound, starts, 1, none, None, window, fields=("a", "b"))
-    monitor = DriftMonitor(shipped, labels=(), window=window, learn_windows=40)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=(), window=window, learn_windows=40))
     rows = rng.normal(size=(60 * window, 2)).astype(np.float32)
     rows[rng.random(len(rows)) < 0.03, 1] = np.nan
     state, results = monitor.process_batch(

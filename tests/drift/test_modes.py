@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.config import FieldConfig, StreamConfig, check_class_field
-from agent.drift import DriftMonitor, DriftWindowResult, Reference
+from agent.drift import DriftMonitor, DriftWindowResult, MonitorSettings, Reference
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.modes import CLASS_COUNT, MAX_MODES, OTHER_CLASS, Modes, assign_classes, modes_of_windows
 from agent.errors import BadBundle, ConfigError
@@ -34,7 +34,7 @@ def judged(
     seed: int, *, mode: str, gain: float = 1.0, cuts: tuple[int, ...] = ()
 ) -> tuple[list[DriftWindowResult], bytes]:
     """Judge 40 learned windows and 20 more, in which x has a `gain`."""
-    monitor = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=mode)
+    monitor = DriftMonitor(MonitorSettings(REFERENCE, labels=(), window=WINDOW, class_field=mode))
     r = readings(seed, 60)
     r.features[40 * WINDOW * ROWS :, 0] *= gain
     state, verdicts = monitor.start(), []
@@ -92,21 +92,23 @@ def test_any_batches_give_the_same_state_with_modes() -> None:
 
 
 def test_modes_leave_the_shipped_reference_its_name() -> None:
-    monitor = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
+    monitor = DriftMonitor(MonitorSettings(REFERENCE, labels=(), window=WINDOW, class_field="state"))
     assert monitor.shipped.digest == REFERENCE.digest
     assert monitor.shipped.class_count == CLASS_COUNT
 
 
 def test_a_state_of_another_field_of_modes_begins_anew() -> None:
-    monitor = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
+    monitor = DriftMonitor(MonitorSettings(REFERENCE, labels=(), window=WINDOW, class_field="state"))
     for other in ("", "shift"):
         with pytest.raises(ValueError, match="field of modes"):
-            DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=other).restore(monitor.start().to_bytes())
+            DriftMonitor(MonitorSettings(REFERENCE, labels=(), window=WINDOW, class_field=other)).restore(
+                monitor.start().to_bytes()
+            )
 
 
 def test_a_model_that_names_classes_has_no_other_modes() -> None:
     with pytest.raises(BadBundle, match="names classes itself"):
-        DriftMonitor(reference(), labels=("idle", "walk", "run"), window=WINDOW, class_field="state")
+        DriftMonitor(MonitorSettings(reference(), labels=("idle", "walk", "run"), window=WINDOW, class_field="state"))
 
 
 @pytest.mark.parametrize(

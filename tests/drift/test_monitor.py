@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, batches
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, batches
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.summary import Summary
 from agent.errors import BadBundle
@@ -23,7 +23,9 @@ LEARN = 40
 
 @pytest.fixture(scope="module")
 def monitor() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g", "g", "g"))
+    return DriftMonitor(
+        MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g", "g", "g"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,7 @@ def test_windows_measured_ahead_are_not_measured_again(
 
 
 def learning_from(monitor: DriftMonitor, learn: int) -> DriftMonitor:
-    return DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=learn)
+    return DriftMonitor(MonitorSettings(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=learn))
 
 
 def test_overlapping_model_windows_count_each_row_once_in_any_batches(monitor: DriftMonitor) -> None:
@@ -341,7 +343,9 @@ def test_learning_goes_on_where_windows_are_like_their_neighbors_but_not_for_eve
 def test_a_late_change_while_learning_gives_a_warning_with_its_time(monitor: DriftMonitor) -> None:
     r = readings(3, LEARN + 1)
     r.features[30 * WINDOW * ROWS :, 1] += 0.6
-    brief = DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=LEARN, learn_extension=1.0)
+    brief = DriftMonitor(
+        MonitorSettings(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=LEARN, learn_extension=1.0)
+    )
     _, verdicts = feed(brief, brief.start(), r)
     learned = next(v.learned_reference for v in verdicts if v.learned_reference)
     assert learned.warning is not None
@@ -382,7 +386,7 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
     table = tabular(0, 60)
     starts = np.arange(len(table))
     shipped = build_reference(table, starts, 1, np.zeros(len(table), np.int64), None, 300, fields=("a", "b", "c", "d"))
-    monitor = DriftMonitor(shipped, labels=(), window=300)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=(), window=300))
     state, quiet = monitor.start(), 0
     live = tabular(1, 200)
     live[190 * 300 :, 2] *= 1.5
@@ -437,8 +441,8 @@ def test_a_damaged_state_is_a_value_error(monitor: DriftMonitor, data: bytes) ->
 
 
 def test_a_state_of_another_bundle_or_window_length_is_refused(monitor: DriftMonitor, learned: DriftState) -> None:
-    other = DriftMonitor(reference(seed=2), labels=LABELS, window=WINDOW)
-    longer = DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW + 1)
+    other = DriftMonitor(MonitorSettings(reference(seed=2), labels=LABELS, window=WINDOW))
+    longer = DriftMonitor(MonitorSettings(monitor.shipped, labels=LABELS, window=WINDOW + 1))
     for foreign in (other, longer):
         with pytest.raises(ValueError, match="another reference"):
             foreign.restore(learned.to_bytes())
@@ -446,7 +450,7 @@ def test_a_state_of_another_bundle_or_window_length_is_refused(monitor: DriftMon
 
 def test_a_reference_with_other_labels_than_the_model_is_refused(monitor: DriftMonitor) -> None:
     with pytest.raises(BadBundle, match="labels"):
-        DriftMonitor(monitor.shipped, labels=("a", "b"), window=WINDOW)
+        DriftMonitor(MonitorSettings(monitor.shipped, labels=("a", "b"), window=WINDOW))
 
 
 def test_too_few_windows_to_learn_from_are_refused_at_once(monitor: DriftMonitor) -> None:
@@ -470,7 +474,7 @@ def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(monitor: DriftMo
 
 
 def test_without_scores_there_is_no_estimate(monitor: DriftMonitor, quiet: Readings) -> None:
-    unscored = DriftMonitor(replace(monitor.shipped, score_correct=None), labels=LABELS, window=WINDOW)
+    unscored = DriftMonitor(MonitorSettings(replace(monitor.shipped, score_correct=None), labels=LABELS, window=WINDOW))
     _, verdicts = feed(unscored, unscored.start(), quiet.windows(0, 1))
     assert verdicts[0].members["estimate"] is None
 

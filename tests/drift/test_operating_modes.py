@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.drift import DriftMonitor, DriftState, Reference
+from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
 from agent.drift.baseline import operating_modes
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.transitions import MIN_TRANSITIONS, count_transitions
@@ -38,7 +38,7 @@ def monitor() -> DriftMonitor:
     rows = machine(99, 60)
     none = np.zeros(len(rows), np.int64)
     shipped = build_reference(rows.astype(np.float32), np.arange(len(rows)), 1, none, None, ROWS, fields=FIELDS)
-    return DriftMonitor(shipped, labels=(), window=ROWS, learn_windows=LEARN)
+    return DriftMonitor(MonitorSettings(shipped, labels=(), window=ROWS, learn_windows=LEARN))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,9 @@ def test_windows_between_modes_are_no_change_of_mode() -> None:
 
 
 def test_too_few_changes_at_the_end_are_named_and_no_modes_are_used(monitor: DriftMonitor) -> None:
-    brief = DriftMonitor(monitor.shipped, labels=(), window=ROWS, learn_windows=LEARN, learn_extension=1.0)
+    brief = DriftMonitor(
+        MonitorSettings(monitor.shipped, labels=(), window=ROWS, learn_windows=LEARN, learn_extension=1.0)
+    )
     rows = machine(6, LEARN, modes=1)
     rows[10 * ROWS : 20 * ROWS] += CENTERS[1]
     rows[30 * ROWS : 36 * ROWS] += CENTERS[1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.learning_state import MAX_WINDOWS, LearningState
@@ -27,7 +27,7 @@ LEARN, STEP_US = 40, 10_000
 
 @pytest.fixture(scope="module")
 def monitor() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
+    return DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_rows_that_repeat_are_counted_unless_all_of_their_fields_rest() -> None:
 def test_switches_that_read_higher_are_shifted_and_no_rows_given_again() -> None:
     rng = np.random.default_rng(4)
     rows = (rng.random((60 * 60, 2)) < [0.5, 0.3]).astype(np.float32)
-    monitor = DriftMonitor(learning_reference(rows), labels=(), window=60)
+    monitor = DriftMonitor(MonitorSettings(learning_reference(rows), labels=(), window=60))
     rows[45 * 60 :, 0] += 0.5
     t = np.arange(len(rows), dtype=np.int64) * 1_000_000
     none = np.zeros(len(rows), np.int64)
@@ -110,7 +110,7 @@ def test_single_rows_in_any_batches_give_the_same_steps(cuts: list[int]) -> None
     rows = rng.normal(size=(400, 2)).astype(np.float32)
     none = np.zeros(400, np.int64)
     base = learning_reference(rows)
-    single = DriftMonitor(base, labels=(), window=90)
+    single = DriftMonitor(MonitorSettings(base, labels=(), window=90))
     t = np.cumsum(rng.integers(1, 50_000, 400))
 
     def run(bounds: list[int]) -> bytes:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agent.cli.device.reference import format_smallest_changes
-from agent.drift import DriftMonitor, DriftState, Reference
+from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
 from agent.drift.baseline import sensitivity
 from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.moments import VARIANCE_PRIOR
@@ -32,7 +32,7 @@ def changing(seed: int, windows: int) -> Rows:
 def monitor_of(rows: Rows) -> DriftMonitor:
     none = np.zeros(len(rows), np.int64)
     shipped = build_reference(rows.astype(np.float32), np.arange(len(rows)), 1, none, None, ROWS, fields=FIELDS)
-    return DriftMonitor(shipped, labels=(), window=ROWS, learn_windows=LEARN, learn_extension=1.0)
+    return DriftMonitor(MonitorSettings(shipped, labels=(), window=ROWS, learn_windows=LEARN, learn_extension=1.0))
 
 
 def alarms(monitor: DriftMonitor, state: DriftState, rows: Rows) -> tuple[DriftState, set[str]]:

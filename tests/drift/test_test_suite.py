@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
 from agent.drift.baseline.learning import build_reference
 from agent.drift.testing.sequence import run_tests
 from agent.drift.testing.test_suite import Evidence
@@ -23,7 +23,7 @@ NAMES = tuple(f"f{i}" for i in range(F))
 
 @pytest.fixture(scope="module")
 def monitor() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
+    return DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def watch(rows: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[Drift
     shipped = build_reference(
         table(0, 40).astype(np.float32), np.arange(8000), 1, np.zeros(8000, np.int64), None, 200, fields=NAMES
     )
-    monitor = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=(), window=200, learn_windows=LEARN))
     none, t = np.zeros(len(rows), np.int64), np.arange(len(rows), dtype=np.int64) * 1000
     return monitor.process_batch(
         monitor.start(), rows.astype(np.float32), np.arange(len(rows)), 1, none, None, rows=(1, len(rows)), t=t
@@ -137,7 +137,7 @@ def test_predictions_in_other_shares_are_reported_by_label() -> None:
         rows = (picked[:, None] * ROWS + np.arange(ROWS)).ravel()
         return Readings(r.features[rows], r.labels[picked], r.truth[picked], r.scores[picked])
 
-    monitor = DriftMonitor(reference(), labels=LABELS, window=4 * WINDOW, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=4 * WINDOW, learn_windows=LEARN))
     state, before = feed(monitor, monitor.start(), made(4 * (LEARN + 5), [0.4, 0.3, 0.3]))
     _, after = feed(monitor, state, made(4 * 10, [0.05, 0.3, 0.65]))
     assert raised(before) == []
@@ -219,7 +219,7 @@ def test_a_model_of_a_single_field_is_watched_too() -> None:
     rows = np.random.default_rng(1).normal(size=(60 * 200, 1)).astype(np.float32)
     none = np.zeros(len(rows), np.int64)
     shipped = build_reference(rows[:8000], np.arange(8000), 1, none[:8000], None, 200, fields=("only",))
-    monitor = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(shipped, labels=(), window=200, learn_windows=LEARN))
     rows[50 * 200 :] += 1.0
     t = np.arange(len(rows), dtype=np.int64)
     state, verdicts = monitor.process_batch(monitor.start(), rows, t, 1, none, None, rows=(1, len(rows)), t=t)

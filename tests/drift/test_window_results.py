@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.comparison.tally import merge_moments
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings
 from agent.drift.reporting import parsed_message
 from agent.fleet.drift.merge import MergedField
 from agent.wire.messages import Moments
@@ -94,7 +94,7 @@ def test_the_share_of_the_limit_is_that_of_the_largest_reported_sum(monitor: Dri
 
 def test_no_bin_of_a_run_shows_fewer_rows_than_allowed(learned: DriftState) -> None:
     least = 60
-    private = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
+    private = DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN))
     _, results = feed(private, learned, readings(200, 20), batch=200)
     runs = [entry for entry in results if entry.windows > 1]
     assert runs

@@ -76,7 +76,7 @@ def test_a_task_may_override_the_class_field_of_its_bundle(tmp_path: Path) -> No
         folder.mkdir()
         task = loaded(folder, asking(override), mode)
         assert task.drift_monitor is not None
-        assert task.drift_monitor.class_field == expected
+        assert task.drift_monitor.settings.class_field == expected
 
 
 def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from agent.config.sources import ReplayFault
 from agent.datasets.recordings import load
 from agent.device.intake.sources import replay
 from agent.device.intake.sources.recordings import Playlist
-from agent.drift import DriftMonitor, DriftState, Reference
+from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
 from agent.simulate.scenario import SCENARIOS
@@ -69,10 +69,10 @@ def watch() -> Watch:
             break
     rows = np.concatenate(parts)
     shipped = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
-    judge = DriftMonitor(
+    judge = DriftMonitor(MonitorSettings(
         Reference.from_json(shipped.files["reference.json"]),
         labels=shipped.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
-    )  # fmt: skip
+    ))  # fmt: skip
     begin = (LEARN + 1) * WINDOW * ROWS
     start = Watch(
         shipped,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.drift import DriftMonitor, Reference
+from agent.drift import DriftMonitor, MonitorSettings, Reference
 from agent.drift.baseline.learning import build_reference
 from agent.drift.reporting import parsed_message
 from agent.fleet.database.store import FleetStore
@@ -46,7 +46,7 @@ def shipped() -> Reference:
 
 def drift_messages(shipped: Reference, rows: Rows) -> list[dict[str, Any]]:
     """Return the members of a device's drift messages from its rows."""
-    judge = DriftMonitor(shipped, labels=(), window=ROWS)
+    judge = DriftMonitor(MonitorSettings(shipped, labels=(), window=ROWS))
     at, none = np.arange(len(rows)), np.zeros(len(rows), np.int64)
     t = NOW_US - 10**9 + at * 1_000_000
     _, verdicts = judge.process_batch(judge.start(), rows, at, 1, none, None, rows=(1, len(rows)), t=t)

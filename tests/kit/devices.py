@@ -24,6 +24,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
+from agent.drift.monitor_settings import MonitorSettings
 from agent.model.activation import LoadedBundle
 from agent.model.inference import scores
 from agent.testing.messages import new_key
@@ -71,11 +72,13 @@ class Device:
         restored = None
         if self.active.reference is not None:
             judge = DriftMonitor(
-                self.active.reference,
-                labels=manifest.output.labels,
-                window=manifest.drift.window,
-                learn_windows=20,
-                further=scores.monitored_outputs(manifest),
+                MonitorSettings(
+                    self.active.reference,
+                    labels=manifest.output.labels,
+                    window=manifest.drift.window,
+                    learn_windows=20,
+                    further=scores.monitored_outputs(manifest),
+                )
             )
             restored = drift_state.restore(self.store, "tiny", judge)
         chosen = config.TaskConfig(stream="watch", bundle="tiny", publish=self.publish, alerts=self.alerts)

@@ -184,8 +184,8 @@ class TaskActions:
             return Effect(f"{task} accepts its site reference when it next runs.", {}, write)
         span = f" and {request.duration_s:.0f} s" if request.duration_s else ""
         summary = (
-            f"{task} learns its site reference again, from at least {monitor.learn_windows} drift windows{span}, when "
-            "it next runs."
+            f"{task} learns its site reference again, from at least {monitor.settings.learn_windows} drift windows"
+            f"{span}, when it next runs."
         )
         return Effect(summary, {}, write)
 

@@ -205,10 +205,10 @@ def _read(
 
 
 def _read_modes(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> Modes | None:
-    if task.drift_monitor is None or not task.drift_monitor.class_field:
+    if task.drift_monitor is None or not task.drift_monitor.settings.class_field:
         return None
-    codes = batch.column([f.name for f in task.stream.fields].index(task.drift_monitor.class_field))
-    texts = store.categories(task.config.stream, task.drift_monitor.class_field)
+    codes = batch.column([f.name for f in task.stream.fields].index(task.drift_monitor.settings.class_field))
+    texts = store.categories(task.config.stream, task.drift_monitor.settings.class_field)
     return modes.modes_of_windows(codes, cut.starts, task.window_rows, texts)
 
 

@@ -83,10 +83,10 @@ def restore(store: Store, task: str, monitor: DriftMonitor, suffix: str = "") ->
     `suffix` of the keys is that of a state that was set aside.
     """
     basis = _load_basis(store, task, suffix)
-    if basis is not None and basis.own == monitor.own.digest:
+    if basis is not None and basis.own == monitor.settings.own.digest:
         monitor = monitor.rebase(Reference.from_json(basis.reference))
     past = store.load_state(task, task_keys.DRIFT_STATE + suffix)
-    unsaved = None if basis is not None and basis.own == monitor.own.digest else encode_basis(monitor)
+    unsaved = None if basis is not None and basis.own == monitor.settings.own.digest else encode_basis(monitor)
     if past is None:
         ended = _load_ended(store, task)
         if ended is not None:
@@ -103,7 +103,7 @@ def restore(store: Store, task: str, monitor: DriftMonitor, suffix: str = "") ->
         pass
     old, is_whole = _decode_old(past, site, guard)
     if old is None:
-        return _begin_anew(store, task, monitor.rebase(monitor.own))
+        return _begin_anew(store, task, monitor.rebase(monitor.settings.own))
     inherited = Reference.from_json(basis.reference) if basis is not None and is_whole else None
     return _succeed(task, monitor, old, inherited, is_whole=is_whole)
 
@@ -150,16 +150,18 @@ def _succeed(
     evidence: dict[str, Any] = {"task": task, "asked": "bundle changed", "by": "the agent"}
     if old.site_reference is not None:
         evidence["site"] = old.site_reference.digest
-    if basis is not None and succession.is_heir(monitor.own, basis) and old.open_summary.reference == basis.digest:
-        heir = monitor.rebase(succession.merge_references(basis, monitor.own))
-        if (old.window, old.class_field) == (heir.window, heir.class_field) and old.is_compatible(heir.shipped.task):
+    settings = monitor.settings
+    if basis is not None and succession.is_heir(settings.own, basis) and old.open_summary.reference == basis.digest:
+        heir = monitor.rebase(succession.merge_references(basis, settings.own))
+        is_same = (old.window, old.class_field) == (settings.window, settings.class_field)
+        if is_same and old.is_compatible(heir.shipped.task):
             state = succession.inherit(old, heir.shipped)
             messages = [PendingMessage.from_alert(alert, task) for alert in _carried_alerts(state, old)]
             if state.is_inherited and not old.is_inherited:
                 summary = f"{task}: another bundle inherits the site reference, and learns one of its own meanwhile."
                 messages.append(PendingMessage.audit("reference inherited", summary, evidence))
             return RestoredDrift(heir, state, messages, encode_basis(heir))
-    monitor = monitor.rebase(monitor.own)
+    monitor = monitor.rebase(settings.own)
     state, alerts = succession.carry_over(monitor.start(), old)
     messages = [PendingMessage.from_alert(alert, task) for alert in alerts]
     if old.site_reference is not None or not is_whole:
@@ -187,7 +189,7 @@ def _load_basis(store: Store, task: str, suffix: str) -> StoredBasis | None:
 
 
 def encode_basis(monitor: DriftMonitor) -> bytes:
-    return msgspec.msgpack.encode(StoredBasis(monitor.own.digest, monitor.basis.to_json()))
+    return msgspec.msgpack.encode(StoredBasis(monitor.settings.own.digest, monitor.settings.shipped.to_json()))
 
 
 def load_for_display(store: Store, task: str) -> DriftState | None:

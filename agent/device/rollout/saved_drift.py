@@ -116,7 +116,7 @@ def take_over(task: LoadedTask, store: Store) -> None:
     """Let the task take over the committed drift state: as a canary, or as the previous bundle after a rollback."""
     if task.drift_monitor is None:
         return
-    restored = drift_state.restore(store, task.name, task.drift_monitor.rebase(task.drift_monitor.own))
+    restored = drift_state.restore(store, task.name, task.drift_monitor.rebase(task.drift_monitor.settings.own))
     task.drift_monitor, task.drift_state = restored.monitor, restored.state
     task.closing_messages, task.unsaved_basis = restored.messages, restored.basis
 

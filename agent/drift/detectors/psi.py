@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.detectors.class_share import share_text
@@ -75,7 +76,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
             before[1] = last
             if not tested.all():
                 before = np.where(tested, before, self.exceeded_at)
-            return PsiConfirmation(before, self.alarm, self.clear_count, self.windows, self.since)
+            return replace(self, exceeded_at=before)
         twice = exceeded & ((last > 0) | (one_more > 0))
         calm = np.where(self.alarm & ~exceeded, self.clear_count + 1, 0)
         on = (self.alarm | twice) & (calm < to_clear)

@@ -57,6 +57,7 @@ def _compute_recording(
 ) -> Float32s:
     spec = ModelInput(
         fields=feature_set.fields,
+        definition=feature_set.definition,
         derived=feature_set.derived,
         feature_order=feature_set.columns,
         max_gap_s=feature_set.max_gap_s,

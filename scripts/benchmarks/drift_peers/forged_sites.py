@@ -11,7 +11,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, Reference
+from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
 from agent.drift.baseline import window_statistics
 from agent.drift.baseline.learning import build_reference
 from agent.evaluation.adversarial import noise, patches
@@ -162,7 +162,9 @@ class Device:
         self.subject = subject
         manifest = subject.inference.manifest
         self.window = manifest.drift.window
-        self.monitor = DriftMonitor(subject.reference, labels=manifest.output.labels, window=self.window)
+        self.monitor = DriftMonitor(
+            MonitorSettings(subject.reference, labels=manifest.output.labels, window=self.window)
+        )
 
     def learn(self, seed: int) -> DriftState:
         rng, state = np.random.default_rng([seed, 2]), self.monitor.start()

@@ -43,13 +43,15 @@ def main() -> None:
     batches = [table[at : at + batch] for table in tables for at in range(0, len(table), batch)]
     features = [np.ascontiguousarray(table[:, :FIELDS]) for table in batches]
     before = status("VmRSS")
-    from agent.drift import DriftMonitor, Reference
+    from agent.drift import DriftMonitor, MonitorSettings, Reference
     from scripts.benchmarks.drift_peers import ours
 
     imported = status("VmRSS") - before
     with peak() as grown:
         judge = DriftMonitor(
-            Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn_windows=40
+            MonitorSettings(
+                Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn_windows=40
+            )
         )
         watch, state = ours.MonitorRun(judge, model_rows), judge.start()
         for table, columns in zip(batches, features, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers import synthetic
@@ -38,7 +38,10 @@ class MonitorRun(msgspec.Struct, frozen=True):
             fields=NAMES, labels=LABELS,
         )  # fmt: skip
         return cls(
-            DriftMonitor(shipped, labels=LABELS, window=window // model_rows, learn_windows=synthetic.LEARN), model_rows
+            DriftMonitor(
+                MonitorSettings(shipped, labels=LABELS, window=window // model_rows, learn_windows=synthetic.LEARN)
+            ),
+            model_rows,
         )
 
     def step(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from agent.alerts.alert import Alert
 from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist, PlaylistItem
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
@@ -112,10 +112,10 @@ class Watch:
     def __init__(self) -> None:
         self._bundle = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
         self._model = runtime.TfliteModel(self._bundle.model_bytes)
-        self.judge = DriftMonitor(
+        self.judge = DriftMonitor(MonitorSettings(
             Reference.from_json(self._bundle.files["reference.json"]),
             labels=self._bundle.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
-        )  # fmt: skip
+        ))  # fmt: skip
         self.subjects = {name: i for i, name in enumerate((*self.judge.shipped.fields, OUTPUT, SCORE, JOINT))}
 
     def step(self, state: DriftState, stream: Stream) -> tuple[DriftState, list[DriftWindowResult]]:

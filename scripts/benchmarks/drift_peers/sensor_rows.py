@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState
+from agent.drift import DriftMonitor, DriftState, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 
 Floats = NDArray[np.float64]
@@ -145,7 +145,9 @@ class Site(msgspec.Struct, frozen=True):
         shipped = build_reference(
             rows.astype(np.float32), np.arange(count), 1, np.zeros(count, np.int64), None, window, fields=names
         )
-        monitor = DriftMonitor(shipped, labels=(), window=window, learn_windows=learn, units=units, seasonality="none")
+        monitor = DriftMonitor(
+            MonitorSettings(shipped, labels=(), window=window, learn_windows=learn, units=units, seasonality="none")
+        )
         site, rng = cls(monitor, monitor.start()), np.random.default_rng([seed, 1])
         # Windows that are like their neighbors are learned for longer.
         for windows in (learn + 4, 4 * learn):

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
 from agent.drift.baseline.learning import build_reference
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers.counting import Row, raised
@@ -64,7 +64,9 @@ def rows(readings: Readings, seeds: int = SEEDS) -> list[Row]:
 def _learned(normal: Floats, rng: np.random.Generator) -> tuple[DriftMonitor, DriftState]:
     """Learn a site reference. Windows with a fault are skipped, so the number of windows varies."""
     judge = DriftMonitor(
-        _reference(rng.permutation(normal)[: TRAINED * ROWS]), labels=(), window=ROWS, learn_windows=LEARN
+        MonitorSettings(
+            _reference(rng.permutation(normal)[: TRAINED * ROWS]), labels=(), window=ROWS, learn_windows=LEARN
+        )
     )
     state = judge.start()
     for _ in range(MOST_TURNS):

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings
 from agent.drift.baseline.learning import build_reference
 from scripts.benchmarks.drift_peers.populations import WINDOWS_PER_DAY, Clock, Population, Whole
 from scripts.benchmarks.drift_peers.synthetic import Floats
@@ -127,11 +127,13 @@ def shipped_monitor(population: Population, rows: int, seed: int = 0) -> DriftMo
         fields=tuple(f"f{i}" for i in range(data.shape[1])), labels=_labels(population),
     )  # fmt: skip
     return DriftMonitor(
-        shipped,
-        labels=_labels(population),
-        window=rows // model,
-        learn_windows=LEARN,
-        min_learn_s=population.days * 86_400,
+        MonitorSettings(
+            shipped,
+            labels=_labels(population),
+            window=rows // model,
+            learn_windows=LEARN,
+            min_learn_s=population.days * 86_400,
+        )
     )
 
 

@@ -16,7 +16,7 @@ from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.drift import DriftMonitor
+from agent.drift import DriftMonitor, MonitorSettings
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.state import DriftState
@@ -26,7 +26,7 @@ from tests.kit.machine import LABELS, LEARN, WINDOW, feed, readings, reference
 
 @pytest.fixture(scope="module")
 def judge() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=40)
+    return DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=40))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def take_over(store: Store, author: MessageLog, judge: DriftMonitor) -> Restored
 
 
 def monitor_of(shipped: Reference, **options: Any) -> DriftMonitor:
-    return DriftMonitor(shipped, labels=shipped.labels, window=WINDOW, learn_windows=LEARN, **options)
+    return DriftMonitor(MonitorSettings(shipped, labels=shipped.labels, window=WINDOW, learn_windows=LEARN, **options))
 
 
 def test_the_same_bundle_restores_everything(tmp_path: Path, judge: DriftMonitor, drifted: DriftState) -> None:
@@ -69,6 +69,27 @@ def test_the_same_bundle_restores_everything(tmp_path: Path, judge: DriftMonitor
     restored = drift_state.restore(store, "exercise", judge)
     assert restored.messages is None
     assert restored.state.to_bytes() == drifted.to_bytes()
+    store.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2], ids=["same bundle", "another bundle"])
+def test_a_restored_monitor_has_the_settings_of_its_bundle(
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState, seed: int
+) -> None:
+    store, _ = opened(tmp_path)
+    keep(store, judge, drifted)
+    settings = {"units": ("g", "g", "m/s²"), "roles": ("computed", "sensor", "computed"), "hold_deviating": True}
+    settings |= {"min_learn_s": 60.0, "learn_extension": 2.0, "seasonality": "none"}
+    bundle = monitor_of(reference(seed), **settings)
+    restored = drift_state.restore(store, "exercise", bundle)
+    assert restored.state.site_reference is not None
+    assert restored.monitor is not bundle
+    assert replace(restored.monitor.settings, basis=None) == bundle.settings
+    r = readings(32, 10)
+    r.features[:, 0] *= 0.6
+    _, verdicts = feed(restored.monitor, restored.state, r)
+    [alert] = [a for v in verdicts for a in v.alerts if (a.subject, a.state) == ("x", "raised")]
+    assert "computed from" in alert.summary
     store.close()
 
 

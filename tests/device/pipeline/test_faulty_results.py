@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from agent.device.pipeline.batch_messages import find_faulty_fields
-from agent.drift import DriftMonitor
+from agent.drift import DriftMonitor, MonitorSettings
 from tests.kit.machine import LABELS, LEARN, WINDOW, feed, readings, reference
 
 
 def test_the_fields_with_a_fault_while_results_were_computed_are_named() -> None:
-    monitor = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
+    monitor = DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN))
     start = monitor.start()
     quiet, windows = feed(monitor, start, readings(3, 3))
     assert find_faulty_fields((start, quiet), windows) == []

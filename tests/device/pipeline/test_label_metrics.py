@@ -30,6 +30,7 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
+from agent.drift.monitor_settings import MonitorSettings
 from agent.errors import StorageFull
 from agent.model.activation import LoadedBundle
 from agent.performance import degradation
@@ -73,7 +74,9 @@ class Device:
             # As a bundle packed with a score table.
             count = np.full(32, 100)
             reference = replace(reference, score_n=count, score_correct=np.full(32, self.promised))
-        judge = DriftMonitor(reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20)
+        judge = DriftMonitor(
+            MonitorSettings(reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20)
+        )
         chosen = config.TaskConfig(
             stream="watch", bundle="tiny", slices=["site", config.BinnedField(field="a", edges=[0.0])]
         )

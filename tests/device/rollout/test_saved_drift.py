@@ -15,7 +15,7 @@ from agent.device.pipeline.drift_state import LearningRefusals, RestoredDrift
 from agent.device.rollout import saved_drift
 from agent.device.store import task_keys
 from agent.device.store.store import Store
-from agent.drift import DriftMonitor, succession
+from agent.drift import DriftMonitor, MonitorSettings, succession
 from agent.drift.baseline.deviation import SHIPPED, Deviation
 from agent.drift.detectors.registry import GateStates
 from agent.drift.detectors.sampling_rate_watch import RateState
@@ -30,7 +30,7 @@ DEVIATES = (Deviation("x", SHIPPED, 1.0, 2.0, 1.0, by_mean=True),)
 
 @pytest.fixture(scope="module")
 def judge() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=40)
+    return DriftMonitor(MonitorSettings(reference(), labels=LABELS, window=WINDOW, learn_windows=40))
 
 
 @pytest.fixture(scope="module")
