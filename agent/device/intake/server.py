@@ -193,6 +193,8 @@ class Intake:
         position: SourcePosition | None,
         lines: Sequence[int] = (),
         refused: Mapping[int, str] = MappingProxyType({}),
+        *,
+        is_stalled: bool = False,
     ) -> CommitOutcome:
         # Recorded times may be before those of an earlier file or session: the source has its own order.
         now = self._now()
@@ -211,7 +213,7 @@ class Intake:
         for number, reason in refused.items():
             self.group_commit.reject(producer, number, reason)
         self.group_commit.advance(producer, max([*numbers[-1:], *refused]), position)
-        self._schedule_commit()
+        self._schedule_commit(at_once=is_stalled)
         return await future
 
     def _accept(self, connected: socket.socket, user: User, token: str | None) -> None:
@@ -301,14 +303,15 @@ class Intake:
                 self._commit_waiters.append(waiter := loop.create_future())
                 await waiter
 
-    def _schedule_commit(self) -> None:
+    def _schedule_commit(self, *, at_once: bool = False) -> None:
+        # Once stopping, sources hand over their last rows.
+        at_once = at_once or self._is_stopping
         if self.group_commit.is_full:
             self._commit_in_background()
-        elif self.group_commit and (self._timer is None or self._is_stopping or self.group_commit.is_worth_committing):
+        elif self.group_commit and (self._timer is None or at_once or self.group_commit.is_worth_committing):
             loop = asyncio.get_running_loop()
             now = loop.time()
-            if self._is_stopping:
-                # Sources hand over their last rows.
+            if at_once:
                 self._commit_due_s = now
             elif self._timer is None:
                 self._commit_due_s = now + self._conf.buffer.commit_every

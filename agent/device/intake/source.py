@@ -21,11 +21,14 @@ class SubmitRows(Protocol):
         position: SourcePosition | None,
         lines: Sequence[int] = (),
         refused: Mapping[int, str] = ...,
+        *,
+        is_stalled: bool = False,
     ) -> Awaitable[CommitOutcome]:
         """Submit rows and wait for the outcome of their commit. Raises RowRejected if none can be accepted.
 
         `position`: how far the source has read after these rows, committed with them; `lines`: line numbers of the
-        rows; `refused`: lines without rows, with the reason.
+        rows; `refused`: lines without rows, with the reason; `is_stalled`: the source has no more rows before the
+        outcome, so the commit is at once.
         """
         ...
 

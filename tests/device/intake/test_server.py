@@ -636,6 +636,21 @@ def test_a_source_gets_the_outcome_and_its_position_is_committed(tmp_path: Path)
         assert station.store.source_position("files:watch", "a") == 7
 
 
+def test_a_source_that_stands_still_is_committed_at_once_with_what_waits(tmp_path: Path) -> None:
+    class Stalled:
+        async def run(self, offer: SubmitRows) -> None:
+            wait = asyncio.create_task(offer("watch", RawColumns(1, None, {"ax": [1], "ay": [0]}), None))
+            await asyncio.sleep(0.3)
+            assert not wait.done()
+            await offer("watch", RawColumns(1, None, {"ax": [2], "ay": [0]}), None, is_stalled=True)
+            await wait
+
+    with Station(conf(tmp_path, commit_every_s=60), sources=lambda store: [Stalled()]) as station:
+        wait_until("both rows", lambda: station.store.last_row("watch") == 2)
+        wait_until("the one commit", lambda: station.commits == 1)
+    assert station.failures == []
+
+
 def test_a_source_that_breaks_is_a_failure_of_the_intake(tmp_path: Path) -> None:
     class Broken:
         async def run(self, offer: SubmitRows) -> None:

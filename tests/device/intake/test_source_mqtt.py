@@ -24,6 +24,7 @@ from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
 from agent.testing.broker import MosquittoBroker
 from agent.testing.patience import wait_until
+from agent.transport.capabilities import Capabilities
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from tests.kit.commands import call_outstation
@@ -199,6 +200,85 @@ def test_a_message_is_confirmed_only_after_its_commit(
         assert confirmed == []
         may.set()
         wait_until("the confirmation", lambda: confirmed == [1])
+
+
+@pytest.mark.parametrize("limit", [1, 5, 20])
+def test_a_broker_that_waits_for_confirmations_gets_them_before_the_commit_is_due(
+    site: Callable[..., Site], tmp_path: Path, limit: int
+) -> None:
+    with MosquittoBroker(tmp_path / "slow", extra_conf=f"max_inflight_messages {limit}") as slow:
+        here = site(commit_every_s=60, broker=BrokerConfig(url=slow.url))
+        here.broker = slow
+        with here.start() as station:
+            subscribed(station)
+            for value in range(0, 100, 20):
+                bodies = [message_body(value + i) for i in range(19)]
+                here.publish("site/cellar/climate", *bodies, message_body("warm"))
+            wait_until("all rows", lambda: station.store.last_row("room") == 95)
+            assert rows(station) == [float(value) for value in range(100) if value % 20 != 19]
+            wait_until("the refused messages", lambda: station.store.counters().get("lines rejected") == 5)
+            here.publish("site/cellar/climate", *[message_body(100) for _ in range(limit - 1)])
+            time.sleep(0.3)
+            # Fewer than its limit: the broker does not wait, and the commit does.
+            assert station.store.last_row("room") == 95
+        assert station.failures == []
+
+
+def test_a_limit_that_the_broker_does_not_announce_delays_one_commit(
+    site: Callable[..., Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Capabilities, "from_properties", classmethod(lambda cls, properties: cls()))
+    with MosquittoBroker(tmp_path / "slow", extra_conf="max_inflight_messages 5") as slow:
+        here = site(commit_every_s=3, broker=BrokerConfig(url=slow.url))
+        here.broker = slow
+        with here.start() as station:
+            subscribed(station)
+            began = time.monotonic()
+            here.publish("site/cellar/climate", *map(message_body, range(60)))
+            wait_until("all rows", lambda: station.store.last_row("room") == 60)
+            # Twelve commits, of which one or two wait.
+            assert time.monotonic() - began < 18
+            assert rows(station) == [float(value) for value in range(60)]
+
+
+def test_a_rate_above_the_limit_of_a_broker_for_each_commit_fills_no_queue(site: Callable[..., Site]) -> None:
+    here = site(commit_every_s=1)
+    with here.start() as station:
+        subscribed(station)
+        with Link(BrokerConfig(url=here.broker.url), "sensor") as link:
+            # 1,500 in 3 s: the broker keeps 1,000, and drops the others for ever.
+            for first in range(0, 1500, 25):
+                for value in range(first, first + 25):
+                    payload = json.dumps(message_body(value)).encode()
+                    link.send(OutgoingMessage("site/cellar/climate", payload))
+                link.receive(0)
+                time.sleep(0.05)
+        wait_until("all rows", lambda: station.store.last_row("room") == 1500)
+        assert rows(station) == [float(value) for value in range(1500)]
+    assert station.failures == []
+
+
+def test_messages_that_arrive_together_are_one_submission_in_their_order(
+    site: Callable[..., Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, counts = MqttSubscriber._submit_messages, list[int]()
+
+    def note(self: MqttSubscriber, deliveries: Any, *more: Any) -> Any:
+        counts.append(len(deliveries))
+        return submit(self, deliveries, *more)
+
+    monkeypatch.setattr(MqttSubscriber, "_submit_messages", note)
+    with MosquittoBroker(tmp_path / "fast", extra_conf="max_inflight_messages 0") as fast:
+        here = site(broker=BrokerConfig(url=fast.url))
+        here.broker = fast
+        with here.start() as station:
+            subscribed(station)
+        here.publish("site/cellar/climate", *map(message_body, range(300)))
+        with here.start() as station:
+            wait_until("what the broker kept", lambda: station.store.last_row("room") == 300)
+            assert rows(station) == [float(value) for value in range(300)]
+    assert sum(counts) == 300
+    assert len(counts) <= 100
 
 
 def test_a_repeatedly_killed_broker_loses_and_doubles_no_row(

@@ -27,6 +27,7 @@ from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySource
 from agent.datasets.recordings import load
+from agent.device.intake.file_reader import MAX_BLOCK_ROWS
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import files as files_module
 from agent.device.intake.sources import finished_files
@@ -96,6 +97,18 @@ def test_a_file_is_taken_and_moved_to_done(tmp_path: Path) -> None:
         wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
         assert taken(station) == list(range(10_000))
         assert there(tmp_path) == {"done": ["a.csv"], "failed": [], "taking": []}
+
+
+@pytest.mark.usefixtures("quick")
+def test_blocks_of_a_long_file_do_not_wait_for_the_timer(tmp_path: Path) -> None:
+    put(tmp_path, "a.csv", range(10_000))
+    with watching(tmp_path, commit_every_s=60) as station:
+        wait_until("all blocks but the last", lambda: station.store.last_row("numbers") == 2 * MAX_BLOCK_ROWS)
+        wait_until("the last block waits", lambda: bool(station.intake.group_commit))
+        assert station.commits == 2
+    with watching(tmp_path) as station:
+        wait_until("a.csv in done/", lambda: there(tmp_path)["done"] == ["a.csv"])
+        assert taken(station) == list(range(10_000))
 
 
 @pytest.mark.usefixtures("quick")
@@ -543,13 +556,20 @@ def host(*fields: FieldConfig, every_s: float = 0.05) -> StreamConfig:
 
 
 @contextmanager
-def hosting(folder: Path, stream: StreamConfig) -> Iterator[Station]:
+def hosting(folder: Path, stream: StreamConfig, commit_every_s: float = 0.02) -> Iterator[Station]:
     source = stream.source
     assert isinstance(source, HostSource)
-    made = conf(folder, host=stream)
+    made = conf(folder, commit_every_s, host=stream)
     with Station(made, sources=lambda _: [HostMetrics("host", stream, source, folder)]) as station:
         yield station
         assert station.failures == []
+
+
+def test_the_host_is_measured_at_its_interval_while_rows_wait_for_their_commit(tmp_path: Path) -> None:
+    stream = host(FieldConfig(name="memory"))
+    with hosting(tmp_path, stream, commit_every_s=60) as station:
+        wait_until("five rows that wait", lambda: station.intake.group_commit._rows == 5)
+        assert station.commits == 0
 
 
 def test_the_hosts_condition_comes_again_and_again(tmp_path: Path) -> None:

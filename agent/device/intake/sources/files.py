@@ -389,7 +389,7 @@ class FolderWatcher:
         if progress.deaths >= MAX_DEATHS:
             raise UsageError(f"{progress.deaths} processes in a row ended while they read it; look for damage in it")
         async with contextlib.aclosing(self._read_blocks(file, name, progress)) as blocks:
-            async for block in blocks:
+            async for block, is_last in blocks:
                 rejected = dict(block.rejected)
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
@@ -400,7 +400,9 @@ class FolderWatcher:
                 last_line = max([*block.lines[-1:], *rejected])
                 line = None if isinstance(self._stream.media_format, ImageFormat) else last_line
                 position = SourcePosition(f"files:{self._name}", name, line)
-                submit = partial(submit_rows, self._name, block.raw, position, block.lines, rejected)
+                submit = partial(
+                    submit_rows, self._name, block.raw, position, block.lines, rejected, is_stalled=not is_last
+                )
                 outcome = await self._queue.submit(submit)
                 progress.last_line, progress.last_row = last_line, outcome.last_row or progress.last_row
                 progress.deaths, progress.is_compared = 0, progress.is_compared or block.raw.n > 0
@@ -412,12 +414,17 @@ class FolderWatcher:
                     log.warning("%s: line %d: %s", self._log_name(original_name(name)), line, printable(reason))
                 progress.rejected_rows += len(rejected)
 
-    async def _read_blocks(self, file: int, name: str, progress: FileProgress) -> AsyncGenerator[FileBlock]:
-        """Yield the blocks after `progress`. Raises UsageError if this file cannot be read, OSError if none can."""
+    async def _read_blocks(
+        self, file: int, name: str, progress: FileProgress
+    ) -> AsyncGenerator[tuple[FileBlock, bool]]:
+        """Yield each block after `progress`, and True with the last one.
+
+        Raises UsageError if this file cannot be read, OSError if none can.
+        """
         try:
             async with contextlib.aclosing(self._decode_blocks(file, name, progress.last_line)) as blocks:
-                async for block in blocks:
-                    yield block
+                async for block_and_end in blocks:
+                    yield block_and_end
         except DecoderFailed:
             raise
         except OSError as error:
@@ -436,7 +443,7 @@ class FolderWatcher:
     def _describe_stored(self, progress: FileProgress) -> str:
         return f"; its lines up to {progress.last_line} are in the stream already" if progress.last_line else ""
 
-    async def _decode_blocks(self, file: int, name: str, skip: int) -> AsyncGenerator[FileBlock]:
+    async def _decode_blocks(self, file: int, name: str, skip: int) -> AsyncGenerator[tuple[FileBlock, bool]]:
         # In turn, so that rows keep the files' order.
         async with self._decode_lock:
             await self._run_decoder(lambda: self._decoder.start(original_name(name)))
@@ -450,15 +457,15 @@ class FolderWatcher:
                     try:
                         while (block := await self._run_decoder(lambda: next(blocks, None))) is not None:
                             for earlier in last:
-                                yield earlier
+                                yield earlier, False
                             last = [block]
                     except (OSError, OutstationError):
                         for earlier in last:
-                            yield earlier
+                            yield earlier, True
                         raise
         # After its turn: other small files then share the commit.
         for block in last:
-            yield block
+            yield block, True
 
     async def _run_decoder(self, call: Callable[[], T]) -> T:
         """Wait for the decoder in another thread, so that producers need not wait."""

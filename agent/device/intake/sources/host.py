@@ -20,6 +20,9 @@ from agent.toml_files import did_you_mean
 
 log = logging.getLogger("outstation.host")
 
+# Rows that wait for one commit: beyond that, a store that takes none is not asked for more.
+_MAX_WAITING = 100
+
 
 def _read_temperature() -> float | None:
     """Return the temperature of the hottest sensor in °C; None if the machine has none."""
@@ -65,14 +68,22 @@ class HostMetrics:
         psutil.cpu_percent(None)
 
     async def run(self, submit_rows: SubmitRows) -> None:
-        while True:
-            values = {f.name: [self._read_value(f.name)] for f in self._stream.fields}
-            outcome = await submit_rows(self._name, RawColumns(1, None, values), None)
-            complaint = "; ".join(reason for _, reason in outcome.rejected)
-            if complaint and complaint != self._last_warning:
-                log.warning("%s: not stored: %s (optional = true allows a missing value)", self._name, complaint)
-            self._last_warning = complaint
-            await asyncio.sleep(self._interval_s)
+        waiting = asyncio.Semaphore(_MAX_WAITING)
+        async with asyncio.TaskGroup() as submissions:
+            while True:
+                await waiting.acquire()
+                # A commit may take longer than the interval, and one row is not worth a commit of its own.
+                submission = submissions.create_task(self._submit_values(submit_rows))
+                submission.add_done_callback(lambda _: waiting.release())
+                await asyncio.sleep(self._interval_s)
+
+    async def _submit_values(self, submit_rows: SubmitRows) -> None:
+        values = {f.name: [self._read_value(f.name)] for f in self._stream.fields}
+        outcome = await submit_rows(self._name, RawColumns(1, None, values), None)
+        complaint = "; ".join(reason for _, reason in outcome.rejected)
+        if complaint and complaint != self._last_warning:
+            log.warning("%s: not stored: %s (optional = true allows a missing value)", self._name, complaint)
+        self._last_warning = complaint
 
     def _read_value(self, name: str) -> float | None:
         try:

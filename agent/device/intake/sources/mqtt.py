@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,6 +26,7 @@ from agent.config.sources import MqttSource
 from agent.device.intake.group_commit import CommitOutcome
 from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.intake.sources import jsonpath
+from agent.device.intake.sources.unconfirmed import UnconfirmedMessages
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import ConfigError, LinkDown
@@ -37,10 +41,14 @@ _RECONNECT_S = (1.0, 60.0)
 # Often enough for the broker's keep-alive.
 _RECEIVE_TIMEOUT_S = 5.0
 _SHUTDOWN_S = 2.0
+# Messages that arrive within this time of the first one are submitted together, up to a count.
+_GATHER_S, _MAX_GATHERED = 0.01, 1_000
 # (packet identifier, topic, digest of the payload): all three are the same when a message is repeated.
 _MessageKey = tuple[int, str, bytes]
 # More than a broker has in flight, and fewer than it has packet identifiers.
 _MAX_COMMITTED_KEYS = 10_000
+# Submits messages; True: the broker sends no more before they are confirmed.
+SubmitMessages = Callable[[list[IncomingMessage], bool], Future[CommitOutcome]]
 
 
 def check(context: SourceContext, source: MqttSource) -> str:
@@ -85,8 +93,8 @@ class MqttSubscriber:
         def consume() -> None:
             try:
                 self._consume(
-                    lambda deliveries: asyncio.run_coroutine_threadsafe(
-                        self._submit_messages(deliveries, submit_rows), loop
+                    lambda deliveries, is_stalled: asyncio.run_coroutine_threadsafe(
+                        self._submit_messages(deliveries, submit_rows, is_stalled), loop
                     )
                 )
             except CancelledError:
@@ -106,7 +114,7 @@ class MqttSubscriber:
             # The last commit of the intake is acknowledged, too.
             await asyncio.to_thread(thread.join, _SHUTDOWN_S)
 
-    def _consume(self, submit: Callable[[list[IncomingMessage]], Future[CommitOutcome]]) -> None:
+    def _consume(self, submit: SubmitMessages) -> None:
         """Receive messages until `run` ends, reconnecting as needed."""
         delay = _RECONNECT_S[0]
         while not self._stopping.is_set():
@@ -129,29 +137,59 @@ class MqttSubscriber:
                 self._stopping.wait(delay)
                 delay = min(2 * delay, _RECONNECT_S[1])
 
-    def _receive_messages(self, link: Link, submit: Callable[[list[IncomingMessage]], Future[CommitOutcome]]) -> None:
+    def _receive_messages(self, link: Link, submit: SubmitMessages) -> None:
         waiting: deque[tuple[Future[CommitOutcome], list[IncomingMessage]]] = deque()
+        unconfirmed = UnconfirmedMessages(link.capabilities.receive_maximum)
         try:
             while waiting or not self._stopping.is_set():
-                events = link.receive(_RECEIVE_TIMEOUT_S)
-                messages = [event for event in events if isinstance(event, IncomingMessage)]
-                if self._stopping.is_set():
-                    messages = []
-                repeated = [m for m in messages if m.duplicate and _message_key(m) in self._committed_keys]
-                for message in repeated:
-                    link.acknowledge(message)
-                if new := [message for message in messages if message not in repeated]:
-                    commit = submit(new)
+                if new := self._gather_messages(link, unconfirmed):
+                    commit = submit(new, unconfirmed.is_at_limit)
                     commit.add_done_callback(lambda _: link.wake())
                     waiting.append((commit, new))
+                confirmed: list[IncomingMessage] = []
                 while waiting and waiting[0][0].done():
-                    for message in self._record_committed(*waiting.popleft()):
-                        link.acknowledge(message)
+                    confirmed += self._record_committed(*waiting.popleft())
+                for message in confirmed:
+                    link.acknowledge(message)
+                if limited := sum(message.qos > 0 for message in confirmed):
+                    unconfirmed.confirm(limited, time.monotonic())
         except LinkDown:
             # They are repeated on the next connection: by then they must be recorded as committed.
             for commit, new in waiting:
                 self._record_committed(commit, new)
             raise
+
+    def _gather_messages(self, link: Link, unconfirmed: UnconfirmedMessages) -> list[IncomingMessage]:
+        """Return the messages that arrive together, none if `link` was woken; confirm those committed before.
+
+        A submission of its own would cost a message five times the CPU time.
+        """
+        gathered: list[IncomingMessage] = []
+        wait_s, end_s = _RECEIVE_TIMEOUT_S, math.inf
+        while wait_s > 0:
+            try:
+                events = link.receive(wait_s)
+            except LinkDown:
+                if not gathered:
+                    raise
+                # The next call raises it again.
+                break
+            if self._stopping.is_set():
+                break
+            for message in events:
+                if not isinstance(message, IncomingMessage):
+                    continue
+                if message.duplicate and _message_key(message) in self._committed_keys:
+                    link.acknowledge(message)
+                    continue
+                gathered.append(message)
+                if message.qos:
+                    unconfirmed.add(time.monotonic())
+            if not gathered or len(gathered) >= _MAX_GATHERED or unconfirmed.is_at_limit:
+                break
+            end_s = min(end_s, time.monotonic() + _GATHER_S)
+            wait_s = end_s - time.monotonic()
+        return gathered
 
     def _record_committed(
         self, future: Future[CommitOutcome], deliveries: Sequence[IncomingMessage]
@@ -160,7 +198,9 @@ class MqttSubscriber:
         self._committed_keys.extend(map(_message_key, deliveries))
         return deliveries
 
-    async def _submit_messages(self, deliveries: Sequence[IncomingMessage], submit_rows: SubmitRows) -> CommitOutcome:
+    async def _submit_messages(
+        self, deliveries: Sequence[IncomingMessage], submit_rows: SubmitRows, is_stalled: bool
+    ) -> CommitOutcome:
         """Submit all rows of these messages, and the messages without valid rows with a reason."""
         rows: list[Mapping[str, Any]] = []
         numbers: list[int] = []
@@ -176,7 +216,8 @@ class MqttSubscriber:
         columns = {field.name: [row[field.name] for row in rows] for field in self._stream.fields}
         t = None if self._time_path is None else [row["t"] for row in rows]
         raw = RawColumns(len(rows), t, columns)
-        while (outcome := await submit_rows(self._name, raw, None, numbers, refused)).is_store_full:
+        submit = partial(submit_rows, self._name, raw, None, numbers, refused, is_stalled=is_stalled)
+        while (outcome := await submit()).is_store_full:
             await asyncio.sleep(_FULL_RETRY_S)
         if outcome.rejected:
             number, reason = outcome.rejected[0]
