@@ -111,7 +111,7 @@ class BufferConfig(Section, frozen=True):
     """Retention of readings after all tasks have consumed them; shorter when space runs out."""
     keep_messages: Duration = Duration(48 * 3600.0)
     """Retention of acknowledged messages, in case the collector is restored from a backup; shorter when space runs
-    out."""
+    out. The newest results messages of each task stay longer, for `outstation results`."""
     keep_results: Duration = Duration(7 * 86_400.0)
     """Retention of predictions for labels that arrive later."""
     when_full: Literal["evict", "refuse"] = "evict"

@@ -1,6 +1,7 @@
 """Newest results and readings of a store as rows for people: read only, beside a daemon that writes.
 
-Results come from the results messages that the store still holds, delivered or not; readings from its chunks.
+Results come from the results messages that the store still holds, delivered or not: each task's newest ones stay after
+delivery (`retention.NewestResults`). Readings come from its chunks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from agent import clock, decoders
 from agent.config import FieldConfig, StreamConfig
+from agent.device.store import cost
 from agent.device.store.clock_segments import QUALITIES, ClockStamp
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.row_batch import RowBatch
@@ -29,10 +31,14 @@ MAX_NEW = 1000
 
 
 class ResultRows(msgspec.Struct, frozen=True):
-    """Rows of results in order of the log, and the seq of the newest message that was read."""
+    """Rows of results in order of the log, and the seq of the newest message that was read.
+
+    `is_cut`: the rows asked for include older ones that were written but are no longer stored.
+    """
 
     rows: list[dict[str, Any]]
     last_seq: int
+    is_cut: bool = False
 
 
 def read_results(store: Store, task: str | None, count: int) -> ResultRows:
@@ -44,7 +50,8 @@ def read_results(store: Store, task: str | None, count: int) -> ResultRows:
         limit *= 8
         messages = store.recent_messages("results", task, limit)
     rows = [row for message in messages for row in expand_results(message)]
-    return ResultRows(rows[-count:], messages[-1].seq if messages else head)
+    is_cut = len(rows) < count and len(messages) < _count_written(store, task)
+    return ResultRows(rows[-count:], messages[-1].seq if messages else head, is_cut)
 
 
 def read_new_results(store: Store, task: str | None, after: int) -> ResultRows:
@@ -52,6 +59,12 @@ def read_new_results(store: Store, task: str | None, after: int) -> ResultRows:
     messages = store.recent_messages("results", task, MAX_NEW, after=after)
     rows = [row for message in messages for row in expand_results(message)]
     return ResultRows(rows, messages[-1].seq if messages else after)
+
+
+def _count_written(store: Store, task: str | None) -> int:
+    """Return how many results messages a task, or all of them, ever wrote."""
+    counters = store.counters()
+    return counters.get("messages.results" if task is None else cost.message_counter(task, "results"), 0)
 
 
 def _count_rows(message: OutboxMessage) -> int:
@@ -75,6 +88,7 @@ def expand_results(message: OutboxMessage) -> list[dict[str, Any]]:
         times = columns.expand_times()
         task, faults, model = str(body["task"]), list(body.get("faults", [])), body["model"]
         shared = {"faults": faults, "model": f"{model['name']} {model['version']}", "seq": message.seq}
+        shared |= {"computed": message.time}
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return [

@@ -9,7 +9,10 @@ import click
 from agent.bootstrap import device
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option, format_time, last_option
 from agent.cli.options import config_options
+from agent.cli.output import echo
 from agent.device import newest
+from agent.device.newest import ResultRows
+from agent.device.store.retention import MAX_NEWEST_BYTES, MAX_NEWEST_MESSAGES
 
 _COLUMNS = (
     Column("time", 24),
@@ -19,6 +22,10 @@ _COLUMNS = (
     Column("score", 7, is_number=True),
     Column("clock", 8),
     Column("notes", 0),
+)
+_EMPTY = (
+    "No results are stored: none was computed yet, none is published (`publish`), or they were delivered and then "
+    "deleted because the store was full or began a new log."
 )
 
 
@@ -31,7 +38,9 @@ def results(task: str | None, last: int, follow: bool, config_file: str | None, 
     """Show the newest results of TASK (or of all tasks), newest last, with time, clock, answer, score and faults.
 
     They come from the results messages that the store still holds, so they are those that the task publishes
-    (`publish`, `[buffer] keep_messages`). With --follow and --json, each result is one line of JSON.
+    (`publish`). After delivery each task's newest 20 messages stay, or fewer of together 64 KiB, until space runs
+    out; older ones as long as `[buffer] keep_messages` says, none with `delivery = "broker"`. With --follow and
+    --json, each result is one line of JSON.
     """
     _, conf = device.load_config(config_file, task)
     with device.open_store_read_only(conf) as store:
@@ -42,8 +51,19 @@ def results(task: str | None, last: int, follow: bool, config_file: str | None, 
             shown = newest.read_new_results(store, task, shown.last_seq)
             return shown.rows
 
-        empty = "No results are stored: none was computed yet, all were delivered and deleted, or none is published."
-        emit_or_follow(shown.rows, read_new if follow else None, LinePrinter(_COLUMNS, _to_cells), empty, as_json)
+        if shown.rows and not as_json:
+            echo(_describe_origin(shown), err=True)
+        emit_or_follow(shown.rows, read_new if follow else None, LinePrinter(_COLUMNS, _to_cells), _EMPTY, as_json)
+
+
+def _describe_origin(shown: ResultRows) -> str:
+    text = f"From the results messages in the store; the newest was computed {format_time(shown.rows[-1]['computed'])}."
+    if shown.is_cut:
+        text += (
+            f" Older results were not kept: after delivery the newest {MAX_NEWEST_MESSAGES} messages of each task "
+            f"stay, up to {MAX_NEWEST_BYTES >> 10} KiB."
+        )
+    return text
 
 
 def _to_cells(row: dict[str, Any]) -> list[str]:

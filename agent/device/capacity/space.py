@@ -1,7 +1,8 @@
 """Space management: expiry of what was kept long enough, and eviction by importance when the store is nearly full.
 
 Eviction starts when `EVICTION_START` of the room that quota and disk leave is in use, and ends at `EVICTION_STOP`:
-1. delete acknowledged messages, old stored alerts, readings that all their tasks have used, and stored predictions
+1. delete acknowledged messages, old stored alerts, readings that all their tasks have used, stored predictions, and
+   last the newest results that were delivered
 2. run batches early: results take less room than readings
 3. evict readings that wait for a task that makes no progress
 4. evict readings that wait for a task whose batches find no room for their results, if the messages of the outbox do
@@ -118,7 +119,7 @@ class SpaceManager:
                     tx.trim_rows(name, self._used_through(name), before_us, _CHUNK_LIMIT, received_by_us)
             if through:
                 with self._store.transaction(vital=True) as tx:
-                    tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT)
+                    tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT, spare=self._conf.tasks)
             self._expire_messages(at_s, now)
             for task in self._conf.tasks:
                 with self._store.transaction(vital=True) as tx:
@@ -192,7 +193,7 @@ class SpaceManager:
         """Delete or evict a little of the least important data. Return False if nothing may go."""
         if self._delete_delivered() or any(self._delete_used_rows(name, now) for name in self._conf.streams):
             return True
-        if any(self._delete_predictions(task) for task in self._conf.tasks):
+        if any(self._delete_predictions(task) for task in self._conf.tasks) or self._delete_newest_results():
             return True
         if now.boot_s >= self._next_early_run_s:
             if not self._run_early(now):
@@ -214,7 +215,12 @@ class SpaceManager:
 
     def _delete_delivered(self) -> bool:
         with self._store.transaction(vital=True) as tx:
-            return tx.outbox.drop_acknowledged(_UNLIMITED, _MESSAGE_LIMIT) > 0 or tx.delete_old_alerts()
+            dropped = tx.outbox.drop_acknowledged(_UNLIMITED, _MESSAGE_LIMIT, spare=self._conf.tasks)
+            return dropped > 0 or tx.delete_old_alerts()
+
+    def _delete_newest_results(self) -> bool:
+        with self._store.transaction(vital=True) as tx:
+            return tx.outbox.drop_acknowledged(_UNLIMITED, _MESSAGE_LIMIT) > 0
 
     def _delete_used_rows(self, stream: str, now: ClockReading) -> bool:
         with self._store.transaction(vital=True) as tx:

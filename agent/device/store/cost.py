@@ -49,10 +49,14 @@ class CostMeter:
         self._uncounted_ns += cpu_ns - self._start_ns
 
 
+def message_counter(task: str, kind: str) -> str:
+    return f"{_TASK_PREFIX}{task}.{kind}.messages"
+
+
 def count_message(tx: Transaction, task: str | None, kind: str, size: int) -> None:
     """Count a message of `size` bytes of payload, signature and topic."""
     if task is not None:
-        tx.increment_counter(f"{_TASK_PREFIX}{task}.{kind}.messages", 1)
+        tx.increment_counter(message_counter(task, kind), 1)
         tx.increment_counter(f"{_TASK_PREFIX}{task}.{kind}.bytes", size + _ENVELOPE_BYTES)
     else:
         tx.increment_counter(f"{_PROCESS_PREFIX}sent", size + _ENVELOPE_BYTES)

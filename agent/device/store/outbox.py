@@ -1,14 +1,15 @@
 """Outbox: messages that wait for delivery, and delivered ones until their retention ends.
 
-Waiting messages and their bytes are counted as messages come and go, so that no query has to read all of them. Each
-message has a CRC: what the disk has changed must not be sent as if the device had signed it.
+The newest results of each task stay after that (`retention.NewestResults`). Waiting messages and their bytes are
+counted as messages come and go, so that no query has to read all of them. Each message has a CRC: what the disk has
+changed must not be sent as if the device had signed it.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from agent import ranges
 from agent.device.store import retention
 from agent.device.store.quota import PAGE_SIZE, Budget
-from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.retention import AcknowledgedSeqs, NewestResults
 from agent.device.store.tables import meta
 from agent.ranges import Ranges
 
@@ -34,6 +35,7 @@ _STORED_RANGES = """
     GROUP BY run ORDER BY run
 """
 _MAX_SEQ = 2**63 - 1
+_NAMES = "SELECT key FROM meta WHERE key BETWEEN ? AND ? ORDER BY key"
 
 
 class OutboxMessage(msgspec.Struct, frozen=True):
@@ -97,6 +99,16 @@ class Outbox:
         self._db.execute(_INSERT, (message.seq, message.topic, message.payload, message.jws, message.time, crc))
         self._budget.spend(message.size + 64)
         self._adjust_backlog(1, message.size)
+        kind, task = _kind_and_task(message.topic)
+        if kind == "results" and task:
+            self._put_newest(task, self._newest(task).append(message.seq, message.size))
+
+    def newest_results(self) -> dict[str, set[int]]:
+        """Return the seqs of the newest results of each task, which `outstation results` shows also once delivered."""
+        prefix = retention.NEWEST_RESULTS
+        # No character of a task's name sorts above "~".
+        names = [str(key) for (key,) in self._db.execute(_NAMES, (prefix, prefix + "~")).fetchall()]
+        return {name.removeprefix(prefix): self._newest(name.removeprefix(prefix)).seqs for name in names}
 
     def set_acknowledged(self, new: AcknowledgedSeqs) -> list[tuple[int, int]]:
         """Make exactly these messages the acknowledged ones.
@@ -135,6 +147,10 @@ class Outbox:
                 self._adjust_backlog(-1, -entry.size)
         for first, last in ranges.from_numbers(entry.seq for entry in entries[:count]):
             self._db.execute("DELETE FROM outbox WHERE seq BETWEEN ? AND ?", (first, last))
+        gone = {entry.seq for entry in entries[:count]}
+        for task, newest in self.newest_results().items():
+            if gone & newest:
+                self._put_newest(task, self._newest(task).without(gone))
         return [seq for seq in seqs if count == len(entries) or seq < entries[count].seq]
 
     def missing_seqs(self, through: int) -> list[tuple[int, int]]:
@@ -150,9 +166,15 @@ class Outbox:
         self._db.execute(_QUARANTINE, (seq,))
         self.delete([seq])
 
-    def drop_acknowledged(self, through: int, limit: int) -> int:
-        """Delete up to `limit` of the oldest acknowledged messages up to seq `through`, and return how many."""
+    def drop_acknowledged(self, through: int, limit: int, spare: Collection[str] = ()) -> int:
+        """Delete up to `limit` of the oldest acknowledged messages up to seq `through`, and return how many.
+
+        The newest results of the tasks in `spare` stay.
+        """
         covered = ranges.intersect(self.acknowledged.ranges, [(1, through)])
+        newest = self.newest_results() if spare else {}
+        spared = {seq for task in spare for seq in newest.get(task, ())}
+        covered = ranges.subtract(covered, ranges.from_numbers(sorted(spared)))
         return len(self.delete([entry.seq for entry in self._entries(covered, 0, limit)]))
 
     def finish(self) -> None:
@@ -170,8 +192,18 @@ class Outbox:
             rows = self._db.execute(_LIST_ENTRIES, (max(first, after + 1), last, limit)).fetchall()
             limit -= len(rows)
             for seq, topic, size in rows:
-                parts = str(topic).split("/")
-                yield OutboxEntry(int(seq), parts[3] if len(parts) > 3 else "", int(size or 0))
+                yield OutboxEntry(int(seq), _kind_and_task(str(topic))[0], int(size or 0))
+
+    def _newest(self, task: str) -> NewestResults:
+        return NewestResults.from_json(meta.get(self._db, retention.NEWEST_RESULTS + task, ""))
+
+    def _put_newest(self, task: str, newest: NewestResults) -> None:
+        name, text = retention.NEWEST_RESULTS + task, newest.to_json()
+        if newest.messages:
+            self._budget.spend(len(name) + len(text) + 32)
+            meta.put(self._db, name, text)
+        else:
+            meta.delete(self._db, name)
 
     def _measure(self, seqs: Ranges) -> Iterator[tuple[int, int]]:
         for first, last in seqs:
@@ -180,6 +212,12 @@ class Outbox:
     def _adjust_backlog(self, messages: int, size: int) -> None:
         self._backlog_change[0] += messages
         self._backlog_change[1] += size
+
+
+def _kind_and_task(topic: str) -> tuple[str, str]:
+    """Return kind and task of a topic; "" for what it does not have."""
+    parts = [*topic.split("/"), "", "", "", "", ""]
+    return parts[3], parts[4]
 
 
 def message_crc(seq: int, topic: bytes, payload: bytes, jws: bytes, time: bytes) -> int:

@@ -2,11 +2,13 @@
 
 An acknowledged message stays in the outbox for `[buffer] keep_messages`, for a collector that is restored from a backup
 and asks for it again. That time is counted in uptime, over all boots: a clock that is set by years deletes nothing.
+A task's newest results messages stay longer, however they were delivered: `outstation results` shows them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from itertools import combinations
 
 import msgspec
@@ -21,6 +23,10 @@ ACKNOWLEDGED, ACKNOWLEDGEMENT, BACKLOG = "acknowledged", "acknowledgement", "bac
 ACKNOWLEDGED_HISTORY, UPTIME, GROWTH = "acknowledged history", "uptime", "growth"
 # (uptime, last seq written) at past moments.
 WRITTEN_HISTORY = "written history"
+# Followed by a task: its `NewestResults`.
+NEWEST_RESULTS = "newest results "
+# Of each task. A screen of results, also where each message has a single one.
+MAX_NEWEST_MESSAGES, MAX_NEWEST_BYTES = 20, 64 << 10
 # A message stays up to 1/48 longer than it must; the history has at most twice as many entries.
 _HISTORY_PARTS = 48
 _SLOT_S = 600.0
@@ -64,6 +70,38 @@ class AcknowledgedSeqs(msgspec.Struct, frozen=True):
 
     def __contains__(self, seq: int) -> bool:
         return 1 <= seq <= self.through and not any(first <= seq <= last for first, last in self.missing)
+
+
+class NewestResults(msgspec.Struct, frozen=True):
+    """Seq and bytes of a task's newest results messages in the outbox, in the order in which they were written.
+
+    At most `MAX_NEWEST_MESSAGES` of together `MAX_NEWEST_BYTES`; the last one stays whatever its size.
+    """
+
+    messages: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> NewestResults:
+        return cls(tuple((seq, size) for seq, size in json.loads(text))) if text else cls()
+
+    def to_json(self) -> str:
+        return json.dumps(self.messages, separators=(",", ":"))
+
+    @property
+    def seqs(self) -> set[int]:
+        return {seq for seq, _ in self.messages}
+
+    def append(self, seq: int, size: int) -> NewestResults:
+        kept, room = [(seq, size)], MAX_NEWEST_BYTES - size
+        for message in reversed(self.messages[-MAX_NEWEST_MESSAGES + 1 :]):
+            room -= message[1]
+            if room < 0:
+                break
+            kept.append(message)
+        return NewestResults(tuple(reversed(kept)))
+
+    def without(self, seqs: Collection[int]) -> NewestResults:
+        return NewestResults(tuple(message for message in self.messages if message[0] not in seqs))
 
 
 def uptime_s(saved: str, boot: int, now: ClockReading) -> float:

@@ -45,6 +45,8 @@ log = logging.getLogger("outstation.uplink")
 # Each commit writes about 28 KB to flash.
 _APPLY_INTERVAL_S = 1.0
 _FULL_RETRY_S = 5.0
+# Earlier newest results are in pages of their own: deleted one by one, each would cost two pages of flash.
+_LEAST_DISPLACED = 16
 # Under load the next messages settle a doubt. Whoever repeats old acknowledgements causes one message a minute.
 _SETTLE_AFTER_S, _SETTLE_INTERVAL_S = 3.0, 60.0
 EVENT = "acknowledgement"
@@ -72,6 +74,8 @@ class Acknowledgements:
         self._is_settling = False
         self._next_settle_s = float("-inf")
         self._confirmed_seqs: list[int] = []
+        # Confirmed while among the newest results: deleted once newer ones are there.
+        self._spared_seqs: list[int] = []
         self._time_floor_us = self._proven_seq = 0
         self._next_apply_s = float("-inf")
 
@@ -107,7 +111,11 @@ class Acknowledgements:
                     earlier = tx.get_meta(retention.ACKNOWLEDGEMENT, "")
                     proof = json.loads(earlier) if earlier else None
                     declare_messages(tx, self._message_log, now, missing, ACKNOWLEDGED_EARLIER, acknowledgement=proof)
-                deleted = set(tx.outbox.delete(self._confirmed_seqs))
+                newest = set().union(*tx.outbox.newest_results().values())
+                displaced = [seq for seq in self._spared_seqs if seq not in newest]
+                due = displaced if len(displaced) >= _LEAST_DISPLACED else []
+                confirmed = [seq for seq in self._confirmed_seqs if seq not in newest]
+                deleted = set(tx.outbox.delete(sorted([*confirmed, *due])))
                 record_proof(tx, self._proven_seq)
                 if known != self._saved:
                     at_s = tx.uptime_s(now)
@@ -120,7 +128,9 @@ class Acknowledgements:
                 if self._time_floor_us:
                     tx.raise_time_floor(self._time_floor_us)
             self._acknowledged = self._saved = known
-            self._confirmed_seqs = [seq for seq in self._confirmed_seqs if seq not in deleted]
+            spared = {*self._spared_seqs, *(seq for seq in self._confirmed_seqs if seq in newest)}
+            self._spared_seqs = sorted(spared - deleted)
+            self._confirmed_seqs = [seq for seq in confirmed if seq not in deleted]
         except StorageFull as full:
             log.warning("%s; acknowledged messages stay in the outbox until there is room to record it", full)
             self._next_apply_s = now.boot_s + _FULL_RETRY_S

@@ -184,6 +184,28 @@ def test_acknowledged_messages_go_first_and_are_not_declared(make: Make) -> None
     assert device.store.backlog().messages == 50
 
 
+@pytest.mark.parametrize("has_other", [True, False])
+def test_the_newest_delivered_results_go_after_everything_else_that_was_delivered(make: Make, has_other: bool) -> None:
+    device = make()
+    device.write("results", 30, size=1000)
+    if has_other:
+        device.fill()
+        device.acknowledge(int(device.store.get_meta("seq", "0")))
+    else:
+        device.acknowledge(30)
+        device.fill()
+    newest = set(range(11, 31))
+    device.turns(10)
+    if has_other:
+        assert share(device) <= space.EVICTION_STOP
+        assert device.deleted_seqs() >= set(range(1, 11))
+        assert newest <= set(device.stored_seqs())
+    else:
+        assert not newest & set(device.stored_seqs())
+        assert device.store.backlog().messages == int(device.store.get_meta("seq", "0")) - 30
+    assert device.evictions() == []
+
+
 def test_used_readings_go_next_and_early_deletions_are_declared(make: Make) -> None:
     device = make()
     device.feed(60_000)

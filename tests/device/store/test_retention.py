@@ -177,6 +177,81 @@ def test_delivery_broker_deletes_and_remembers_what_the_broker_has(make: Callabl
     assert world.store.outbox_size() == (0, 30)
 
 
+def write_results(world: World, task: str, n: int, size: int = 0) -> None:
+    model = {"name": "tiny", "version": "1", "digest": "sha256:" + "0" * 64}
+    columns = {"row": [1], "t": [1_764_000_000_000_000], "label": ["left"]}
+    body = {"model": model, "stream": "watch", "rows": [1, 1], "n": 1, "input": "sha256:" + "0" * 64}
+    for _ in range(n):
+        with world.store.transaction() as tx:
+            world.author.append(tx, "results", task, {**body, "columns": columns, "pad": "x" * size}, world.air.now())
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_the_newest_results_of_each_task_stay_once_the_broker_has_them(
+    make: Callable[..., World], restarts: bool
+) -> None:
+    world = make(delivery="broker")
+    world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=3600)
+    write_results(world, "rare", 2)
+    for _ in range(4):
+        world.write(5)
+        write_results(world, "often", 10)
+        world.run(lambda: not world.waiting(), 60)
+        world.uplink = world.new_uplink() if restarts else world.uplink
+        world.uplink._stopping.clear()
+    newest = {seq for batch in range(2, 4) for seq in range(8 + 15 * batch, 18 + 15 * batch)}
+    assert world.outbox_seqs() >= {1, 2} | newest
+    assert world.store.outbox_size() == (0, 62)
+    with world.store.transaction() as tx:
+        tx.outbox.drop_acknowledged(62, 500, spare=["often"])
+    assert world.outbox_seqs() == newest, "those of a task that the config no longer has go with the others"
+    if not restarts:
+        write_results(world, "often", 16)
+        world.run(lambda: not world.waiting(), 60)
+        assert world.outbox_seqs() == set(range(59, 79))
+
+
+def test_no_delivered_result_is_left_beyond_the_limits(make: Callable[..., World]) -> None:
+    world = make(delivery="broker")
+    world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=3600)
+    write_results(world, "often", 30, size=10_000)
+    world.run(lambda: len(world.outbox_seqs()) == 6, 60)
+    assert world.outbox_seqs() == set(range(25, 31))
+    write_results(world, "often", 1, size=100_000)
+    world.uplink = world.new_uplink()
+    world.run(lambda: not world.waiting(), 60)
+    with world.store.transaction() as tx:
+        tx.outbox.drop_acknowledged(31, 500, spare=["often"])
+    assert world.outbox_seqs() == {31}, "the last one stays, however large"
+
+
+def test_a_restored_collector_gets_the_newest_results_again(world: World) -> None:
+    write_results(world, "often", 30)
+    delivered_seqs = set(range(1, 31))
+    world.run(lambda: not world.waiting(), 60)
+    with world.store.transaction() as tx:
+        tx.outbox.drop_acknowledged(30, 100, spare=["often"])
+    restore(world, 0)
+    world.uplink = world.new_uplink()
+    writing(world)
+    world.run(lambda: not world.waiting() and world.air.clock_s > 1300, 900)
+    assert world.collector.seqs() & delivered_seqs == set(range(11, 31))
+    (body,) = evictions(world)
+    assert body.evidence["seq"] == [[1, 10]]
+
+
+@given(sizes=st.lists(st.integers(1, 80_000), min_size=1, max_size=60))
+def test_newest_results_are_the_last_ones_within_count_and_bytes(sizes: list[int]) -> None:
+    newest = retention.NewestResults()
+    for seq, size in enumerate(sizes, 1):
+        newest = retention.NewestResults.from_json(newest.append(seq, size).to_json())
+    seqs = sorted(newest.seqs)
+    assert seqs == list(range(len(sizes) - len(seqs) + 1, len(sizes) + 1))
+    assert len(seqs) == 1 or sum(size for _, size in newest.messages) <= retention.MAX_NEWEST_BYTES
+    assert len(seqs) <= retention.MAX_NEWEST_MESSAGES
+    assert newest.without(newest.seqs) == retention.NewestResults()
+
+
 def test_a_retained_acknowledgement_alone_changes_nothing(world: World) -> None:
     delivered(world)
     world.collector.leave()
