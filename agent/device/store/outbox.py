@@ -147,10 +147,10 @@ class Outbox:
                 self._adjust_backlog(-1, -entry.size)
         for first, last in ranges.from_numbers(entry.seq for entry in entries[:count]):
             self._db.execute("DELETE FROM outbox WHERE seq BETWEEN ? AND ?", (first, last))
-        gone = {entry.seq for entry in entries[:count]}
+        deleted = {entry.seq for entry in entries[:count]}
         for task, newest in self.newest_results().items():
-            if gone & newest:
-                self._put_newest(task, self._newest(task).without(gone))
+            if deleted & newest:
+                self._put_newest(task, self._newest(task).without(deleted))
         return [seq for seq in seqs if count == len(entries) or seq < entries[count].seq]
 
     def missing_seqs(self, through: int) -> list[tuple[int, int]]:

@@ -92,13 +92,13 @@ class NewestResults(msgspec.Struct, frozen=True):
         return {seq for seq, _ in self.messages}
 
     def append(self, seq: int, size: int) -> NewestResults:
-        kept, room = [(seq, size)], MAX_NEWEST_BYTES - size
+        selected, room = [(seq, size)], MAX_NEWEST_BYTES - size
         for message in reversed(self.messages[-MAX_NEWEST_MESSAGES + 1 :]):
             room -= message[1]
             if room < 0:
                 break
-            kept.append(message)
-        return NewestResults(tuple(reversed(kept)))
+            selected.append(message)
+        return NewestResults(tuple(reversed(selected)))
 
     def without(self, seqs: Collection[int]) -> NewestResults:
         return NewestResults(tuple(message for message in self.messages if message[0] not in seqs))

@@ -639,7 +639,7 @@ def test_a_source_gets_the_outcome_and_its_position_is_committed(tmp_path: Path)
 def test_a_source_that_stands_still_is_committed_at_once_with_what_waits(tmp_path: Path) -> None:
     class Stalled:
         async def run(self, offer: SubmitRows) -> None:
-            wait = asyncio.create_task(offer("watch", RawColumns(1, None, {"ax": [1], "ay": [0]}), None))
+            wait = asyncio.ensure_future(offer("watch", RawColumns(1, None, {"ax": [1], "ay": [0]}), None))
             await asyncio.sleep(0.3)
             assert not wait.done()
             await offer("watch", RawColumns(1, None, {"ax": [2], "ay": [0]}), None, is_stalled=True)
