@@ -30,7 +30,7 @@ say() { echo "outstation: $*"; }
 die() { echo "outstation: $1" >&2; exit "${2:-1}"; }
 usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 systemd_runs() { [[ -d /run/systemd/system ]]; }
-version() { "$program/bin/python" -c 'import agent; print("version", agent.__version__)'; }
+version() { "$program/bin/python" -c 'import outstation; print("version", outstation.__version__)'; }
 
 main() {
     local source="" join=() request="" token="" replace="" broker="" action=install
@@ -156,7 +156,7 @@ fill() { # FOLDER SOURCE: every library in the version and with the hash that th
         cp "$2/deploy/$lock" "$1/lock/all.txt" || return
     else
         "$python" -c 'import sys, zipfile; print(zipfile.ZipFile(sys.argv[1]).read(sys.argv[2]).decode(), end="")' \
-            "$2" "agent/shipped/deploy/$lock" >"$1/lock/all.txt" || return
+            "$2" "outstation/shipped/deploy/$lock" >"$1/lock/all.txt" || return
     fi
     IFS=, read -ra names <<<"$extras"
     select_sections "$1/lock/all.txt" device "${names[@]}" >"$1/lock/wanted.txt" || return

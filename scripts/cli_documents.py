@@ -16,8 +16,8 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from agent import __version__
-from agent.cli.commands import cli
+from outstation import __version__
+from outstation.foundation.cli.commands import cli
 from scripts.kit.usage import answer_help
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"

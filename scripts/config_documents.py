@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import msgspec
 
-from agent.config import Config
-from agent.fleet.config import FleetConfig
-from agent.quantities import Duration, Size
-from agent.toml_files import Section
+from outstation.device.config.config import Config
+from outstation.fleet.config import FleetConfig
+from outstation.foundation.quantities import Duration, Size
+from outstation.foundation.toml_files import Section
 from scripts.kit.usage import answer_help
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"

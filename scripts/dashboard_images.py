@@ -17,25 +17,25 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from agent import clock
-from agent.fleet import config as fleet_config
-from agent.fleet.audit import audit as audits
-from agent.fleet.audit.checkpoint import CheckpointFolder
-from agent.fleet.dashboard.pages.desk import OperatorDesk
-from agent.fleet.dashboard.security import passwords
-from agent.fleet.dashboard.security.access import AccessPolicy
-from agent.fleet.database.dashboard import accounts
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.rollout import actions
-from agent.fleet.rollout.actions import RolloutOperator
-from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
-from agent.simulate import plan as planning
-from agent.simulate import scenario
-from agent.simulate.simulation import Simulation
-from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
-from agent.wire import keys
-from agent.wire.desired_state import CanaryRules
+from outstation.fleet import config as fleet_config
+from outstation.fleet.audit import audit as audits
+from outstation.fleet.audit.checkpoint import CheckpointFolder
+from outstation.fleet.dashboard.pages.desk import OperatorDesk
+from outstation.fleet.dashboard.security import passwords
+from outstation.fleet.dashboard.security.access import AccessPolicy
+from outstation.fleet.database.dashboard import accounts
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.rollout import actions
+from outstation.fleet.rollout.actions import RolloutOperator
+from outstation.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
+from outstation.foundation import clock
+from outstation.protocol.wire import keys
+from outstation.protocol.wire.desired_state import CanaryRules
+from outstation.workbench.simulate import plan as planning
+from outstation.workbench.simulate import scenario
+from outstation.workbench.simulate.simulation import Simulation
+from outstation.workbench.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
 from scripts.kit.usage import answer_help
 from tests.kit import browsers
 from tests.kit.dashboards import PASSWORD, ROLES, ServedDashboard, health, running, wait_until_shown

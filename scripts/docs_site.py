@@ -17,7 +17,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from agent.render.html import SCROLL_ATTRIBUTES, SCROLL_SHADOWS
+from outstation.foundation.render.html import SCROLL_ATTRIBUTES, SCROLL_SHADOWS
 from scripts.kit.usage import answer_help
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ Nothing else needs these libraries, which take 2 GB; so the values are committed
     /tmp/reference/bin/pip install "pandas<3" scipy scikit-learn statsmodels nannyml evidently
     NML_DISABLE_USAGE_LOGGING=1 /tmp/reference/bin/python -m scripts.reference_values
 
-tests/drift/test_reference_values.py compares our results and defines the tolerances. The inputs come from
+tests/ml/drift/test_reference_values.py compares our results and defines the tolerances. The inputs come from
 scripts/kit/reference_data.py.
 """
 

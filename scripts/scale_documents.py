@@ -14,7 +14,7 @@ from typing import NamedTuple
 import click
 import msgspec
 
-from agent import decoders
+from outstation.foundation import decoders
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("benchmarks") / "collectors.json"

@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import msgspec
 
-from agent.wire import messages, topics
-from agent.wire.topics import ALL_DEVICES, DEVICE_ALERTS, DEVICE_GROUP, KINDS, MessageKind
+from outstation.protocol.wire import messages, topics
+from outstation.protocol.wire.topics import ALL_DEVICES, DEVICE_ALERTS, DEVICE_GROUP, KINDS, MessageKind
 from scripts.kit.usage import answer_help
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from agent.fleet.database.store import FleetStore
-from agent.testing.process import find_program
+from outstation.fleet.database.store import FleetStore
+from outstation.workbench.testing.process import find_program
 from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit import fork_server
 from tests.kit.fleet_databases import DATABASES, fresh_in
 
-pytest_plugins = ["agent.testing.fixtures"]
+pytest_plugins = ["outstation.workbench.testing.fixtures"]
 
 # Modules and tests stay until the end: looking for garbage among them, over and over, is a tenth of the collection.
 gc.disable()
@@ -48,25 +48,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Modules, and functions of them, whose use marks a test: it starts a broker, a PostgreSQL server, or another process.
 _MARKS = {
-    "broker": {"agent.testing.broker", "agent.testing.fleet"},
+    "broker": {"outstation.workbench.testing.broker", "outstation.workbench.testing.fleet"},
     "postgres": {"scripts.kit.postgres"},
     "process": {
         "subprocess",
         "multiprocessing",
-        "agent.authoring.pack",
-        "agent.bootstrap.daemon",
-        "agent.bootstrap.tasks",
-        "agent.cli.doctor.power",
-        "agent.device.intake.decode_process",
-        "agent.device.intake.sources.exec",
-        "agent.device.intake.sources.files",
-        "agent.model.activation",
-        "agent.model.activation.activate",
-        "agent.model.sandbox.probe",
-        "agent.model.sandbox.subprocess_model",
-        "agent.testing.broker",
-        "agent.testing.fleet",
-        "agent.testing.process",
+        "outstation.workbench.authoring.pack",
+        "outstation.device.bootstrap.daemon",
+        "outstation.device.bootstrap.tasks",
+        "outstation.device.cli.doctor.power",
+        "outstation.device.intake.decode_process",
+        "outstation.device.intake.sources.exec",
+        "outstation.device.intake.sources.files",
+        "outstation.ml.model.activation",
+        "outstation.ml.model.activation.activate",
+        "outstation.ml.model.sandbox.probe",
+        "outstation.ml.model.sandbox.subprocess_model",
+        "outstation.workbench.testing.broker",
+        "outstation.workbench.testing.fleet",
+        "outstation.workbench.testing.process",
         "scripts.kit.bundles.activated",
         "scripts.kit.bundles.packed",
         "scripts.benchmarks.drift_peers.peers",
@@ -188,7 +188,7 @@ def _model_processes() -> list[str]:
     """Return the commands of this process's children that run a model."""
     pids = [pid for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
     commands = [Path("/proc", pid, "cmdline").read_text() for pid in pids if int(pid) != fork_server.server.pid]
-    return [text for text in commands if "agent.model.sandbox.worker" in text or "fork_server" in text]
+    return [text for text in commands if "outstation.ml.model.sandbox.worker" in text or "fork_server" in text]
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from agent.errors import LinkDown
-from agent.testing.messages import MessageSender
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire import jws, keys
+from outstation.foundation.errors import LinkDown
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.wire import jws, keys
+from outstation.workbench.testing.messages import MessageSender
+from outstation.workbench.testing.patience import wait_until
 from scripts.attacks.parties import BASE, HONEST, HOSTILE, Parties
 from scripts.kit.broker_client import NOT_AUTHORIZED, publish_all, publish_one, receive_messages, subscribe_anyway
 

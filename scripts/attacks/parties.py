@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from agent import clock
-from agent.config import BrokerConfig
-from agent.fleet import config as fleet_config
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import collectors, pki
-from agent.testing.fleet import FLEET, LocalFleet
-from agent.testing.messages import MessageSender
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire import keys, root_metadata, trust
-from agent.wire.keys import PublicKey, SigningKey
+from outstation.fleet import config as fleet_config
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment import collectors, pki
+from outstation.foundation import clock
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.wire import keys, root_metadata, trust
+from outstation.protocol.wire.keys import PublicKey, SigningKey
+from outstation.workbench.testing.fleet import FLEET, LocalFleet
+from outstation.workbench.testing.messages import MessageSender
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 from scripts.kit.broker_client import publish_all
 
 BASE = f"outstation/{FLEET}"

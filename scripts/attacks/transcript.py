@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from agent.text import printable
+from outstation.foundation.text import printable
 from scripts.attacks.attempts import ATTEMPTS, PARTIES, Attempt
 from scripts.attacks.parties import Parties, meet
 

@@ -15,7 +15,7 @@ import click
 import msgspec
 from msgspec.structs import replace
 
-from agent.errors import BadBundle
+from outstation.foundation.errors import BadBundle
 from scripts import benchmarks
 from scripts.benchmarks import Report, Result, Section, benchmark, catalogue, page
 from scripts.benchmarks.drift_peers import peers, site_trials
@@ -54,7 +54,7 @@ README_ITEM = """\
 alarm{others} ([measured](docs/internals/drift-benchmarks.md)). \
 Sensor faults are told apart from drift, and `status` names the smallest change that is found."""
 # Code that decides about alarms: parts that other code measured are measured again.
-MEASURED_CODE = ("agent/drift", "agent/kernel", "scripts/benchmarks/drift_peers")
+MEASURED_CODE = ("agent/outstation/ml/drift", "agent/outstation/ml/kernel", "scripts/benchmarks/drift_peers")
 
 # Name of the detector, population, rows of a window → windows watched, windows with a flag.
 PeerCounts = dict[tuple[str, str, int], tuple[int, int]]

@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from agent import clock
-from agent.authoring import pack
-from agent.datasets.recordings import load
-from agent.device.pipeline import batch as batches
-from agent.model.inference import features
-from agent.model.inference.runtime import MAX_BATCH, Interpreter, TfliteModel  # type: ignore[attr-defined]
-from agent.simulate.scenario import SCENARIOS
-from agent.testing.fleet import FIELDS as DEVICE_FIELDS
+from outstation.device.pipeline import batch as batches
+from outstation.foundation import clock
+from outstation.ml.datasets.recordings import load
+from outstation.ml.model.inference import features
+from outstation.ml.model.inference.runtime import MAX_BATCH, Interpreter, TfliteModel  # type: ignore[attr-defined]
+from outstation.workbench.authoring import pack
+from outstation.workbench.simulate.scenario import SCENARIOS
+from outstation.workbench.testing.fleet import FIELDS as DEVICE_FIELDS
 from scripts.benchmarks import Result, benchmark, device_task, rates
 from scripts.benchmarks.device_task import Bed, Floats
 from scripts.kit import write_models

@@ -20,14 +20,14 @@ import psutil
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from agent.config import BrokerConfig
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker
-from agent.testing.messages import FLEET, MessageSender, SignedMessage
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage
 from scripts import benchmarks, scale_documents
 from scripts.benchmarks import Report, Result, Section, benchmark, page
 from scripts.kit import postgres
@@ -187,7 +187,7 @@ class CollectorRun:
         return made[-1]
 
     def _start(self, name: str) -> None:
-        command = [sys.executable, "-m", "agent", "fleet", "collect", "--dir", str(self._home)]
+        command = [sys.executable, "-m", "outstation", "fleet", "collect", "--dir", str(self._home)]
         share = ["--share", name] if self._server else []
         with (self._folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen([*command, *share], stdout=log, stderr=log)

@@ -11,13 +11,13 @@ import click
 import msgspec
 import numpy as np
 
-from agent import clock
-from agent.datasets.recordings import load
-from agent.device.pipeline import batch as batches
-from agent.model.inference.runtime import TfliteModel
-from agent.render.svg import Drawing
-from agent.render.theme import PAGE_THEME, adaptive_css
-from agent.simulate.scenario import SCENARIOS
+from outstation.device.pipeline import batch as batches
+from outstation.foundation import clock
+from outstation.foundation.render.svg import Drawing
+from outstation.foundation.render.theme import PAGE_THEME, adaptive_css
+from outstation.ml.datasets.recordings import load
+from outstation.ml.model.inference.runtime import TfliteModel
+from outstation.workbench.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Report, Section, benchmark, catalogue, device_task, page
 from scripts.benchmarks.device_task import Bed, Floats
 

@@ -12,21 +12,21 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent import clock
-from agent.bootstrap import tasks
-from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
-from agent.config import BrokerConfig
-from agent.device.pipeline import batch
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.store.message_log import MessageLog
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
-from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.testing.broker import free_port
-from agent.testing.fleet import FLEET, DeviceProcess, field_tables
-from agent.wire import keys
+from outstation.device.bootstrap import tasks
+from outstation.device.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
+from outstation.device.pipeline import batch
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
+from outstation.foundation import clock
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.fleet import FLEET, DeviceProcess, field_tables
 from scripts.kit.process_stats import running_s
 
 CHUNK = 8192

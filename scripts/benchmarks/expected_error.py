@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.authoring import error_training
-from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
-from agent.drift.baseline.learning import build_reference
-from agent.performance.expected_error import ErrorReference
+from outstation.ml.drift import DriftMonitor, DriftState, MonitorSettings, Reference
+from outstation.ml.drift.baseline.learning import build_reference
+from outstation.ml.performance.expected_error import ErrorReference
+from outstation.workbench.authoring import error_training
 from scripts.benchmarks import Report, Result, Section, benchmark, catalogue
 from scripts.benchmarks.drift_peers import error_cases, peers, tables
 from scripts.benchmarks.drift_peers.error_cases import CONCEPT_DRIFT, MADE, Answers, Case, Floats

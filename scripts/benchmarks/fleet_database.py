@@ -17,13 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from agent import clock
-from agent.fleet.audit.audit import audit_from_checkpoint
-from agent.fleet.audit.checkpoint import CheckpointFolder
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.survey import summarize_drift
-from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from outstation.fleet.audit.audit import audit_from_checkpoint
+from outstation.fleet.audit.checkpoint import CheckpointFolder
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift.survey import summarize_drift
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from scripts import benchmarks
 from scripts.benchmarks import Report, Result, Section, benchmark, catalogue, page
 

@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from agent import clock
-from agent.fleet.dashboard.state import feed
-from agent.fleet.dashboard.state.fleet_state import FleetState
-from agent.fleet.database import alerts, postgresql_rows, sqlite
-from agent.fleet.database.dashboard import devices, history, messages, results
-from agent.fleet.database.drift_windows import load_observed_periods
-from agent.fleet.database.incidents import device_status
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.interface import Connection
-from agent.fleet.database.projection import ALERTS_TABLE, TABLES
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.polled_alerts import LOOKBACK_US
-from agent.fleet.drift.survey import summarize_drift
-from agent.fleet.incidents import incidents
-from agent.fleet.incidents.incidents import IncidentFilter
-from agent.fleet.incidents.notify_source import FleetAlertSource
-from agent.testing.messages import FLEET, MessageSender, new_key
+from outstation.fleet.dashboard.state import feed
+from outstation.fleet.dashboard.state.fleet_state import FleetState
+from outstation.fleet.database import alerts, postgresql_rows, sqlite
+from outstation.fleet.database.dashboard import devices, history, messages, results
+from outstation.fleet.database.drift_windows import load_observed_periods
+from outstation.fleet.database.incidents import device_status
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.interface import Connection
+from outstation.fleet.database.projection import ALERTS_TABLE, TABLES
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift.polled_alerts import LOOKBACK_US
+from outstation.fleet.drift.survey import summarize_drift
+from outstation.fleet.incidents import incidents
+from outstation.fleet.incidents.incidents import IncidentFilter
+from outstation.fleet.incidents.notify_source import FleetAlertSource
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import FLEET, MessageSender, new_key
 from scripts import benchmarks
 from scripts.benchmarks import Result, benchmark
 from scripts.kit import postgres

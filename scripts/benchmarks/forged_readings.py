@@ -13,7 +13,7 @@ import click
 import msgspec
 import numpy as np
 
-from agent.alerts.alert import Alert
+from outstation.protocol.alerts.alert import Alert
 from scripts.benchmarks import Report, Result, Section, benchmark
 from scripts.benchmarks.drift_peers import forged_sites
 from scripts.benchmarks.drift_peers.forged_sites import Device, MahalanobisTest, Subject

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.client import Client
+from outstation.protocol.client import Client
 from scripts.benchmarks import Result, benchmark, rates
 from scripts.benchmarks.device_task import device_process
 from scripts.kit.process_stats import cpu_s

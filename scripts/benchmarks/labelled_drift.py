@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.bootstrap.device import load_config, open_store
-from agent.testing.process import run_outstation
-from agent.wire import keys
-from agent.wire.keys import PublicKey
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.protocol.wire import keys
+from outstation.protocol.wire.keys import PublicKey
+from outstation.workbench.testing.process import run_outstation
 from scripts.benchmarks import Report, Result, Section, benchmark
 from scripts.benchmarks.labelled_recordings import FOLDER, PACKAGES, RECORDINGS, Floats, Recording
 from scripts.kit.write_models import model

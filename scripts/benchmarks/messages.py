@@ -22,23 +22,24 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from agent import clock, config
-from agent.config import BrokerConfig, UplinkBrokerConfig
-from agent.device.recovery.open import open_store
-from agent.device.store.message_log import MessageLog
-from agent.device.uplink.mqtt_sink import MqttSink
-from agent.device.uplink.uplink import Uplink
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol, init_fleet
-from agent.testing.broker import MosquittoBroker
-from agent.testing.messages import FLEET, MessageSender, new_key
-from agent.transport import sealing
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, PublishReceipt
-from agent.wire import jws
-from agent.wire.keys import SigningKey, encryption_key_of
-from agent.wire.messages import AckPayload, ResultColumns
+from outstation.device import config
+from outstation.device.recovery.open import open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.uplink.mqtt_sink import MqttSink
+from outstation.device.uplink.uplink import Uplink
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import enrol, init_fleet
+from outstation.foundation import clock
+from outstation.protocol.transport import sealing
+from outstation.protocol.transport.broker_config import BrokerConfig, UplinkBrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, PublishReceipt
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.keys import SigningKey, encryption_key_of
+from outstation.protocol.wire.messages import AckPayload, ResultColumns
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.messages import FLEET, MessageSender, new_key
 from scripts.benchmarks import Result, benchmark, rates
 from scripts.kit.memory_link import MemoryLink
 

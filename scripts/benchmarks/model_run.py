@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import parquet
 
-from agent.authoring import pack, scaffold
-from agent.cli.model.run import load_bundle
-from agent.evaluation.predict.run import BatchPredictor
-from agent.model.inference.inference import Inference
-from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
+from outstation.ml.model.inference.inference import Inference
+from outstation.ml.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
+from outstation.workbench.authoring import pack, scaffold
+from outstation.workbench.cli.model.run import load_bundle
+from outstation.workbench.evaluation.predict.run import BatchPredictor
 from scripts import benchmarks
 from scripts.benchmarks import Result, benchmark, rates
 from scripts.kit.bundles import KEY, THIRD_PARTY

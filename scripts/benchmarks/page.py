@@ -19,8 +19,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from agent.model.inference import tuning
-from agent.model.inference.runtime_name import runtime_name
+from outstation.ml.model.inference import tuning
+from outstation.ml.model.inference.runtime_name import runtime_name
 from scripts.benchmarks import Result, Section, catalogue
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 
-from agent.datasets.recordings import load
-from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
-from agent.testing.process import run_outstation
+from outstation.ml.datasets.recordings import load
+from outstation.workbench.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
+from outstation.workbench.testing.process import run_outstation
 from scripts.benchmarks import Result, benchmark
 from scripts.benchmarks.device_task import append_rows, device_process
 from scripts.kit.process_stats import cpu_s, pss_mb

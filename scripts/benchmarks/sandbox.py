@@ -9,15 +9,15 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from agent.arrays import Float32s
-from agent.datasets.recordings import load
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import runtime
-from agent.model.inference.runtime import MAX_BATCH, TfliteModel
-from agent.model.inference.tuning import count_cores
-from agent.model.sandbox import autotune
-from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.simulate.scenario import SCENARIOS
+from outstation.foundation.arrays import Float32s
+from outstation.ml.datasets.recordings import load
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.inference.runtime import MAX_BATCH, TfliteModel
+from outstation.ml.model.inference.tuning import count_cores
+from outstation.ml.model.sandbox import autotune
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
+from outstation.workbench.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Result, benchmark, device_task, rates
 from scripts.kit.bundles import THIRD_PARTY
 from scripts.kit.process_stats import pss_mb

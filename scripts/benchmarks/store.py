@@ -16,12 +16,12 @@ import click
 import numpy as np
 from msgspec.structs import replace
 
-from agent import clock
-from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.group_commit import GroupCommit
-from agent.device.recovery.open import open_store
-from agent.device.store.rows import RawColumns, Rows, validate_columns
-from agent.device.store.store import DATABASE
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.group_commit import GroupCommit
+from outstation.device.recovery.open import open_store
+from outstation.device.store.rows import RawColumns, Rows, validate_columns
+from outstation.device.store.store import DATABASE
+from outstation.foundation import clock
 from scripts.benchmarks import Result, benchmark, rates
 
 FIELDS = [f"f{i}" for i in range(8)]

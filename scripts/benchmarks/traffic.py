@@ -7,11 +7,11 @@ import math
 
 import msgspec
 
-from agent.datasets.recordings import load
-from agent.device.intake.sources.recordings import Playlist
-from agent.device.uplink.mqtt_sink import packet_size
-from agent.simulate.scenario import SCENARIOS
-from agent.wire.messages import ResultColumns
+from outstation.device.intake.sources.recordings import Playlist
+from outstation.device.uplink.mqtt_sink import packet_size
+from outstation.ml.datasets.recordings import load
+from outstation.protocol.wire.messages import ResultColumns
+from outstation.workbench.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Result, benchmark, device_task
 
 RESULTS = 1000

@@ -24,13 +24,13 @@ import click
 import msgspec
 import numpy as np
 
-from agent.device.recovery import catch_up, findings
-from agent.device.recovery.open import open_store
-from agent.device.store import journal, small_commits
-from agent.device.store.journal import Journal
-from agent.device.store.rows import Rows
-from agent.device.store.store import DATABASE, Store
-from agent.errors import StorageError, StorageFull
+from outstation.device.recovery import catch_up, findings
+from outstation.device.recovery.open import open_store
+from outstation.device.store import journal, small_commits
+from outstation.device.store.journal import Journal
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import DATABASE, Store
+from outstation.foundation.errors import StorageError, StorageFull
 from scripts.faults.disk import flip_bit
 from scripts.kit.stores import MODES, append_message, declared_numbers, opened, outbox_payloads, pulled, served
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
-from agent import ranges
-from agent.ranges import Ranges
-from agent.wire.messages import ResultColumns
+from outstation.foundation import ranges
+from outstation.foundation.ranges import Ranges
+from outstation.protocol.wire.messages import ResultColumns
 
 NEW_LOG = "new log"
 _END = 2**62

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults.world import DEVICE, World
 
 # _IOR('X', 125, __u32) of linux/fs/ext4/ext4.h.

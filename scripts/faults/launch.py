@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from agent import clock
-from agent.device.capacity import space
-from agent.device.daemon import Daemon
-from agent.device.pipeline.tasks import ScheduledTask
-from agent.device.store.store import Store
-from agent.device.store.tables import schema
-from agent.device.store.transaction import Transaction
-from agent.device.uplink.session import Session
-from agent.model.inference.runtime import TfliteModel
-from agent.model.inference.tuning import model_digest
-from agent.model.sandbox.subprocess_model import SubprocessModel
+from outstation.device.capacity import space
+from outstation.device.daemon import Daemon
+from outstation.device.pipeline.tasks import ScheduledTask
+from outstation.device.store.store import Store
+from outstation.device.store.tables import schema
+from outstation.device.store.transaction import Transaction
+from outstation.device.uplink.session import Session
+from outstation.foundation import clock
+from outstation.ml.model.inference.runtime import TfliteModel
+from outstation.ml.model.inference.tuning import model_digest
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
 
 _Hook = Callable[..., object]
 # Delay into a slow call such as the probe.
@@ -219,7 +219,7 @@ def main() -> None:
         name, _, value = flaw.partition("=")
         FLAWS[name](value)
     sys.argv[1:] = sys.argv[at + 1 :]
-    from agent.cli import main as outstation
+    from outstation.__main__ import main as outstation
 
     outstation()
 

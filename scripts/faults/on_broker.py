@@ -7,12 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from random import Random
 
-from agent import clock
-from agent.bootstrap.device import load_config, open_message_log, open_store
-from agent.clock import ClockReading
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.testing.patience import wait_until
+from outstation.device.bootstrap.device import load_config, open_message_log, open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults import fault, proxy
 from scripts.faults.proxy import Cut, Packet, Rule
 from scripts.faults.world import Setting, World

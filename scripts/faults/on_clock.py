@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from random import Random
 
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults import fault
 from scripts.faults.clock import Clock, no_boot, no_clock
 from scripts.faults.stamped import Stamped

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from agent import clock
-from agent.fleet import config as fleet_config
-from agent.testing.patience import wait_until
-from agent.testing.process import OutstationProcess
+from outstation.fleet import config as fleet_config
+from outstation.foundation import clock
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import OutstationProcess
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
 

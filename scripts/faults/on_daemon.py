@@ -8,8 +8,8 @@ import signal
 import time
 from random import Random
 
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 from scripts.faults import fault
 from scripts.faults.disk import memory_cgroup, no_cgroup
 from scripts.faults.world import Setting, World
@@ -22,7 +22,7 @@ def _dies_twice(world: World, rng: Random, flaw: str, most: int, least: int = 1)
     world.restart(world.device)
     _flawed(world, flaw, rng.randint(least, most))
     wait_until("the second death", lambda: world.restarts >= before + 2)
-    world.device.set_launcher(("-m", "agent"))
+    world.device.set_launcher(("-m", "outstation"))
     world.restart(world.device)
 
 

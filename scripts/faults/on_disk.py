@@ -11,7 +11,7 @@ from random import Random
 
 from msgspec.structs import replace
 
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults import fault
 from scripts.faults.disk import Card, database_files, no_card, no_strace, on_card, results, stored_files, tampered
 from scripts.faults.world import Setting, World

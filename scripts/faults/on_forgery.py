@@ -7,15 +7,15 @@ import uuid
 from collections.abc import Callable, Sequence
 from random import Random
 
-from agent import clock
-from agent.testing.fleet import FLEET
-from agent.testing.messages import new_key
-from agent.testing.patience import pause, wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage, PublishReceipt
-from agent.wire import jws, keys
-from agent.wire.jws import encode
-from agent.wire.keys import SigningKey
+from outstation.foundation import clock
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage, PublishReceipt
+from outstation.protocol.wire import jws, keys
+from outstation.protocol.wire.jws import encode
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.testing.fleet import FLEET
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.patience import pause, wait_until
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, World
 from scripts.kit.broker_client import publish_all

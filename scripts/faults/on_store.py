@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults import fault
 from scripts.faults.disk import flip_bit, overwrite, results
 from scripts.faults.world import World

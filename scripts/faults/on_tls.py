@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-from agent import config as device_config
-from agent.config import BrokerConfig
-from agent.errors import LinkDown
-from agent.fleet.enrolment import pki
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
+from outstation.device import config as device_config
+from outstation.fleet.enrolment import pki
+from outstation.foundation.errors import LinkDown
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
 from scripts.kit.certificates import make_expired

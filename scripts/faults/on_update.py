@@ -14,9 +14,9 @@ from random import Random
 
 import psutil
 
-from agent.device.rollout.fetch.fetcher import WORKER_COMMAND
-from agent.model.sandbox import worker
-from agent.testing.patience import wait_until
+from outstation.device.rollout.fetch.fetcher import WORKER_COMMAND
+from outstation.ml.model.sandbox import worker
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults import Injection, fault
 from scripts.faults.clock import Clock, no_clock
 from scripts.faults.disk import Card, no_card, on_card
@@ -29,11 +29,11 @@ _CARD = Setting(prepare=(on_card(256), updating), missing=no_card)
 # An interrupted download resumes after half a minute at most.
 _PATIENCE_S = 150.0
 _SLOW = 20_000.0
-_HISTORY, _TRANSITIONS = "agent.device.bundles.history", "agent.device.rollout.transitions"
+_HISTORY, _TRANSITIONS = "outstation.device.bundles.history", "outstation.device.rollout.transitions"
 # Crash points of the daemon: moment and call, as of `die-at-step` in `launch`.
 _STEPS = {
-    "fetched": ("before", "agent.device.rollout.supply:BundleSupply.on_fetched"),
-    "in-probe": ("in", "agent.model.sandbox.probe:probe"),
+    "fetched": ("before", "outstation.device.rollout.supply:BundleSupply.on_fetched"),
+    "in-probe": ("in", "outstation.ml.model.sandbox.probe:probe"),
     "before-copy": ("before", f"{_HISTORY}:store_copy"),
     "copied": ("after", f"{_HISTORY}:store_copy"),
     "activating": ("after", f"{_TRANSITIONS}:begin_canary"),
@@ -81,7 +81,7 @@ def _die_at(step: str) -> Injection:
         _rolling(world)
         wait_until(f"the daemon dies: {step}", lambda: not world.device.is_running, _PATIENCE_S)
         assert mark.exists(), "the daemon ended by itself"
-        world.device.set_launcher(("-m", "agent"))
+        world.device.set_launcher(("-m", "outstation"))
 
     return inject
 

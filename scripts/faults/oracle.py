@@ -16,17 +16,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Float32s, Ints
-from agent.config import FieldConfig
-from agent.device.machine import secret_file
-from agent.device.store.rows import Rows, commit
-from agent.errors import OutstationError
-from agent.fleet import config as fleet_config
-from agent.fleet.audit.audit import audit
-from agent.fleet.audit.report import AuditReport
-from agent.testing.patience import Patience
-from agent.wire import commitment
-from agent.wire.messages import ResultColumns
+from outstation.device.config.streams import FieldConfig
+from outstation.device.machine import secret_file
+from outstation.device.store.rows import Rows, commit
+from outstation.fleet import config as fleet_config
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.audit.report import AuditReport
+from outstation.foundation.arrays import Float32s, Ints
+from outstation.foundation.errors import OutstationError
+from outstation.protocol.wire import commitment
+from outstation.protocol.wire.messages import ResultColumns
+from outstation.workbench.testing.patience import Patience
 from scripts.faults.declarations import Declarations
 from scripts.faults.producer import FIELDS
 from scripts.faults.world import DEVICE, TASKS, World

@@ -10,8 +10,8 @@ from random import Random
 
 import msgspec
 
-from agent.client import Client
-from agent.testing.patience import Patience
+from outstation.protocol.client import Client
+from outstation.workbench.testing.patience import Patience
 
 FIELDS = ("a", "b", "c", "d")
 # A fixed time in the past: rows carry their own time, which also identifies them.

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from agent.client import Client
-from agent.testing.fleet import field_tables
+from outstation.protocol.client import Client
+from outstation.workbench.testing.fleet import field_tables
 from scripts.faults.clock import Clock
 from scripts.faults.producer import FIELDS, SensorThread
 from scripts.faults.world import DEVICE, World
@@ -31,7 +31,7 @@ _DATED = """
 
 
 class Dated(msgspec.Struct):
-    """Timestamp of one row at the collector, as `agent.fleet.database.timestamps` defines it."""
+    """Timestamp of one row at the collector, as `outstation.fleet.database.timestamps` defines it."""
 
     row: int
     t_best: int

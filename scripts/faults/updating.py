@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from agent.authoring import pack
-from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
+from outstation.workbench.authoring import pack
+from outstation.workbench.simulate.flaky_web import DeviceConnection, FlakyWebServer
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 from scripts.faults.world import DEVICE, TASKS, World
 from scripts.kit import bundles
 
@@ -115,7 +115,7 @@ class Updating:
         self._ends = frozenset({"finished", "aborted"})
 
     def follow(self) -> None:
-        command = [sys.executable, "-m", "agent", "fleet", "rollout", "follow", self.name, "--every", "0.5"]
+        command = [sys.executable, "-m", "outstation", "fleet", "rollout", "follow", self.name, "--every", "0.5"]
         with (self._world.folder / "follow.log").open("ab") as log:
             self._follower = subprocess.Popen(
                 [*command, "--dir", str(self._world.fleet.home)], stdin=subprocess.DEVNULL, stdout=log, stderr=log

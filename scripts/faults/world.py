@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from agent.device.store.store import Store
-from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.fleet import DeviceProcess, LocalFleet, field_tables
-from agent.testing.patience import wait_until
-from agent.testing.process import OutstationProcess
+from outstation.device.store.store import Store
+from outstation.workbench.testing.broker import MosquittoBroker, free_port
+from outstation.workbench.testing.fleet import DeviceProcess, LocalFleet, field_tables
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import OutstationProcess
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
 from scripts.kit import bundles
@@ -46,7 +46,7 @@ class Setting(msgspec.Struct, frozen=True):
     - `missing`: returns the reason why this machine cannot run the fault, or None
     """
 
-    launcher: Sequence[str] = ("-m", "agent")
+    launcher: Sequence[str] = ("-m", "outstation")
     before: Sequence[str] = ()
     device_toml: str = ""
     buffer_toml: str = ""

@@ -1,4 +1,4 @@
-"""Coverage-guided exploration: an input that reaches a new line of agent/ becomes a seed."""
+"""Coverage-guided exploration: an input that reaches a new line of agent/outstation/ becomes a seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.fuzzing import Target
 from scripts.fuzzing.mutate import mutated
 
 ROOT = Path(__file__).parents[2]
-_OURS = str(ROOT / "agent")
+_OURS = str(ROOT / "agent" / "outstation")
 # No decoder needs this long for a few kilobytes.
 SLOW_S = 3.0
 # Tracing dominates the cost, so only a fraction of the inputs is traced.
@@ -75,7 +75,7 @@ def explore(target: Target, seed: int, seconds: float = float("inf"), runs: int 
 
 
 def attempt(target: Target, data: bytes, lines: set[tuple[str, int]] | None = None) -> Crash | None:
-    """Run the target once, and add the lines of agent/ that it reached to `lines`."""
+    """Run the target once, and add the lines of agent/outstation/ that it reached to `lines`."""
     try:
         if lines is None:
             run(target, data)

@@ -20,11 +20,11 @@ from random import Random
 
 import click
 
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.errors import OutstationError, StorageDamaged
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.store import FleetStore
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import OutstationError, StorageDamaged
 from scripts.faults.disk import flip_bit
 from scripts.fuzzing import site
 from scripts.fuzzing.malformed import run_command

@@ -13,7 +13,7 @@ from random import Random
 
 import atheris
 
-with atheris.instrument_imports(include=["agent"]):
+with atheris.instrument_imports(include=["outstation"]):
     from scripts import fuzzing
 
     TARGETS = fuzzing.load()

@@ -26,7 +26,7 @@ from types import FrameType
 
 import click
 
-from agent import cli
+from outstation import __main__ as cli
 from scripts.fuzzing import site
 from scripts.fuzzing.mutate import mutated
 

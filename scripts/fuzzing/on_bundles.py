@@ -14,18 +14,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent import config
-from agent.datasets import training_data as data
-from agent.datasets.recordings import load, load_windows
-from agent.drift.baseline.reference import Reference, draft_reference
-from agent.drift.monitor import DriftMonitor
-from agent.drift.monitor_settings import MonitorSettings
-from agent.drift.state import DriftState
-from agent.errors import BadBundle, ConfigError, UsageError
-from agent.fleet import config as fleet_config
-from agent.model.bundle import bundle, golden_vectors, manifest
-from agent.testing.messages import new_key
-from agent.wire.keys import SigningKey
+from outstation.device import config
+from outstation.fleet import config as fleet_config
+from outstation.foundation.errors import BadBundle, ConfigError, UsageError
+from outstation.ml.datasets import training_data as data
+from outstation.ml.datasets.recordings import load, load_windows
+from outstation.ml.drift.baseline.reference import Reference, draft_reference
+from outstation.ml.drift.monitor import DriftMonitor
+from outstation.ml.drift.monitor_settings import MonitorSettings
+from outstation.ml.drift.state import DriftState
+from outstation.ml.model.bundle import bundle, golden_vectors, manifest
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.testing.messages import new_key
 from scripts.fuzzing import as_file, target
 
 PUBLISHER: SigningKey = new_key(11)

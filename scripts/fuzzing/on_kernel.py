@@ -10,11 +10,11 @@ import zlib
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Float32s
-from agent.kernel import checksum, library, model_input
-from agent.model.bundle.manifest import ModelInput, WindowSpec
-from agent.model.inference import features
-from agent.model.inference.quantization import Kind, Quantization, quantize_by_numpy
+from outstation.foundation.arrays import Float32s
+from outstation.ml.kernel import checksum, library, model_input
+from outstation.ml.model.bundle.manifest import ModelInput, WindowSpec
+from outstation.ml.model.inference import features
+from outstation.ml.model.inference.quantization import Kind, Quantization, quantize_by_numpy
 from scripts.fuzzing import target
 from scripts.kit import drift_windows, score_sequences
 

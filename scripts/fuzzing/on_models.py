@@ -14,10 +14,10 @@ from random import Random
 import msgspec
 from msgspec.structs import replace
 
-from agent.model.bundle import builtin, bundle, manifest
-from agent.model.bundle.bundle import Bundle
-from agent.model.sandbox import probe
-from agent.model.sandbox.probe import ProbeReport
+from outstation.ml.model.bundle import builtin, bundle, manifest
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.sandbox import probe
+from outstation.ml.model.sandbox.probe import ProbeReport
 from scripts.fuzzing import target
 from scripts.kit.bundles import CLASSIFY, FLOAT, THIRD_PARTY, Recipe, around, model
 
@@ -25,8 +25,8 @@ _LONGEST = 1 << 20
 _AS_THE_DAEMON = """\
 import sys
 import numpy as np
-from agent.errors import BadBundle
-from agent.model.inference.runtime import TfliteModel
+from outstation.foundation.errors import BadBundle
+from outstation.ml.model.inference.runtime import TfliteModel
 batch, threads = int(sys.argv[1]), int(sys.argv[2])
 try:
     loaded = TfliteModel(sys.stdin.buffer.read(), batch, threads)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.client import _encode_frame
-from agent.config import FieldConfig, StreamConfig
-from agent.datasets.formats import open_file
-from agent.device.intake.file_reader import read_blocks
-from agent.device.intake.frames import Frames
-from agent.device.intake.protocol import LineParser
-from agent.device.intake.splitter import Oversized, Splitter
-from agent.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
-from agent.errors import RowRejected
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.file_reader import read_blocks
+from outstation.device.intake.frames import Frames
+from outstation.device.intake.protocol import LineParser
+from outstation.device.intake.splitter import Oversized, Splitter
+from outstation.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
+from outstation.foundation.errors import RowRejected
+from outstation.ml.datasets.formats import open_file
+from outstation.protocol.client import _encode_frame
 from scripts.fuzzing import as_file, target, unique_keys
 
 NOW_US = 1_764_022_680_000_000

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from agent.clock import parse_rfc3339
-from agent.config import BrokerConfig
-from agent.errors import MessageRefused
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import FLEET, TIME, MessageSender, SignedMessage, new_key
-from agent.transport import sample_content, sealing
-from agent.transport.packets import IncomingMessage
-from agent.wire import enrolment_request, jws, keys, log_head, topics
-from agent.wire.keys import b64url_decode, b64url_encode
-from agent.wire.messages import AckPayload
-from agent.wire.verification import VerifiedMessage, verify_message
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.clock import parse_rfc3339
+from outstation.foundation.errors import MessageRefused
+from outstation.protocol.transport import sample_content, sealing
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire import enrolment_request, jws, keys, log_head, topics
+from outstation.protocol.wire.keys import b64url_decode, b64url_encode
+from outstation.protocol.wire.messages import AckPayload
+from outstation.protocol.wire.verification import VerifiedMessage, verify_message
+from outstation.workbench.testing.messages import FLEET, TIME, MessageSender, SignedMessage, new_key
 from scripts.fuzzing import target, unique_keys
 from scripts.kit.memory_link import MemoryLink
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from agent.kernel import library
+from outstation.ml.kernel import library
 from scripts import fuzzing
 from scripts.fuzzing import Target
 from scripts.fuzzing.explore import ROOT, Crash, explore

@@ -8,19 +8,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from agent.bootstrap import device, tasks
-from agent.cli.commands import cli
-from agent.clock import ClockReading
-from agent.device.intake import labels
-from agent.device.pipeline import batch, labelled_output
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.rows import Rows
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.model.bundle import builtin
-from agent.performance.labels import Label
-from agent.testing.messages import NEW_MODEL, MessageSender, new_key
-from agent.wire.messages import CommandPayload
+from outstation.device.bootstrap import device, tasks
+from outstation.device.intake import labels
+from outstation.device.pipeline import batch, labelled_output
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.rows import Rows
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.clock import ClockReading
+from outstation.ml.model.bundle import builtin
+from outstation.ml.performance.labels import Label
+from outstation.protocol.wire.messages import CommandPayload
+from outstation.workbench.testing.messages import NEW_MODEL, MessageSender, new_key
 
 NOW = ClockReading(1_764_022_680_000_000, 1000.0, "synced")
 TIME = "2026-11-24T22:20:00.000000Z"

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from agent.testing.process import MissingProgram
+from outstation.workbench.testing.process import MissingProgram
 from scripts import interops
 from scripts.kit.usage import answer_help
 

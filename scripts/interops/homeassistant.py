@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent.bridge.discovery import Place
-from agent.config import BrokerConfig
-from agent.testing.broker import free_port
-from agent.testing.fleet import FLEET, LocalFleet
-from agent.testing.process import MissingProgram, run_outstation
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
+from outstation.integrations.homeassistant.discovery import Place
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.fleet import FLEET, LocalFleet
+from outstation.workbench.testing.process import MissingProgram, run_outstation
 from scripts.kit.steps import CACHE, Steps
 
 VERSION = "2026.2.3"

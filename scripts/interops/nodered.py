@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from agent.testing.broker import free_port
-from agent.testing.fleet import LocalFleet
-from agent.testing.process import find_program
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.process import find_program
 from scripts.kit.npm import NODE_RED, install
 from scripts.kit.steps import Steps
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agent.testing.broker import free_port
-from agent.testing.fleet import LocalFleet
-from agent.testing.patience import wait_until
-from agent.testing.process import find_program
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import find_program
 
 RULES = Path(__file__).parents[2] / "deploy" / "prometheus-rules.yml"
 

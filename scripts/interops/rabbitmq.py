@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.config import BrokerConfig
-from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.fleet import LocalFleet
-from agent.testing.patience import wait_until
-from agent.testing.process import MissingProgram, find_program, run_outstation
-from agent.transport.mqtt import Link
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.workbench.testing.broker import MosquittoBroker, free_port
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import MissingProgram, find_program, run_outstation
 from scripts.kit.postgres import run_server
 
 _SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")

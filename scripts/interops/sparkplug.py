@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agent.bridge.sparkplug import Node
-from agent.bridge.sparkplug_payload import BOOLEAN, REBIRTH, Metric, encode
-from agent.config import BrokerConfig
-from agent.errors import LinkDown
-from agent.testing.fleet import FLEET, LocalFleet
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.foundation.errors import LinkDown
+from outstation.integrations.sparkplug.sparkplug import Node
+from outstation.integrations.sparkplug.sparkplug_payload import BOOLEAN, REBIRTH, Metric, encode
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.workbench.testing.fleet import FLEET, LocalFleet
 from scripts.kit.npm import SPARKPLUG, decode_sparkplug, install
 from scripts.kit.steps import Steps
 

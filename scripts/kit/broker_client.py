@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from agent.testing.patience import TIMEOUT_S, Patience
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.workbench.testing.patience import TIMEOUT_S, Patience
 
 NOT_AUTHORIZED = 0x87
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from agent.arrays import Float64s
-from agent.datasets import recordings
-from agent.model.bundle import golden_vectors
-from agent.model.bundle.golden_vectors import GoldenVectors
-from agent.model.inference.runtime_name import runtime_name
+from outstation.foundation.arrays import Float64s
+from outstation.ml.datasets import recordings
+from outstation.ml.model.bundle import golden_vectors
+from outstation.ml.model.bundle.golden_vectors import GoldenVectors
+from outstation.ml.model.inference.runtime_name import runtime_name
 
 MODELS = Path(__file__).parents[2] / "models"
 # Bundle → rows, and how many results they give: windows of 100 and of 5 rows, and single rows.
@@ -33,7 +33,7 @@ _PROBE_RETRIES = 3
 
 def run(*arguments: str | Path) -> str:
     """Run a command of the program, and return its output. Raises CalledProcessError."""
-    command = [sys.executable, "-m", "agent", *map(str, arguments)]
+    command = [sys.executable, "-m", "outstation", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

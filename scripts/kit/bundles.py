@@ -16,15 +16,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.authoring import pack
-from agent.authoring.pack import PackedBundle
-from agent.model import activation
-from agent.model.activation import LoadedBundle, ProvenBundle
-from agent.model.bundle import bundle, manifest
-from agent.model.bundle.bundle import Bundle
-from agent.model.sandbox.confinement import ModelPolicy
-from agent.testing.messages import new_key
-from agent.wire.keys import SigningKey
+from outstation.ml.model import activation
+from outstation.ml.model.activation import LoadedBundle, ProvenBundle
+from outstation.ml.model.bundle import bundle, manifest
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.sandbox.confinement import ModelPolicy
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.authoring import pack
+from outstation.workbench.authoring.pack import PackedBundle
+from outstation.workbench.testing.messages import new_key
 
 MODELS = Path(__file__).parents[2] / "tests" / "models"
 THIRD_PARTY = Path(

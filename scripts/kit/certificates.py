@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from agent.fleet.enrolment.pki import CertificateAuthority
+from outstation.fleet.enrolment.pki import CertificateAuthority
 
 
 def make_expired(certificate: bytes, authority: CertificateAuthority) -> bytes:

@@ -12,18 +12,18 @@ from unittest.mock import patch
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
-from agent.drift.baseline import summary
-from agent.drift.baseline.fault_limits import compute_own_misfit
-from agent.drift.baseline.reference import BINS, Reference
-from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.class_means import ClassMeanDetector
-from agent.drift.detectors.moments import compute_mean_squares, compute_test_values
-from agent.drift.detectors.registry import SCORED
-from agent.drift.numeric import divergence
-from agent.drift.state import Batch
-from agent.kernel import library
-from agent.kernel.library import Library
+from outstation.foundation.arrays import Float64s, Ints
+from outstation.ml.drift.baseline import summary
+from outstation.ml.drift.baseline.fault_limits import compute_own_misfit
+from outstation.ml.drift.baseline.reference import BINS, Reference
+from outstation.ml.drift.baseline.summary import Summary
+from outstation.ml.drift.detectors.class_means import ClassMeanDetector
+from outstation.ml.drift.detectors.moments import compute_mean_squares, compute_test_values
+from outstation.ml.drift.detectors.registry import SCORED
+from outstation.ml.drift.numeric import divergence
+from outstation.ml.drift.state import Batch
+from outstation.ml.kernel import library
+from outstation.ml.kernel.library import Library
 
 _FIELDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 25, 64)
 _ROWS = (1, 1, 2, 3, 4, 5, 8, 16, 33)  # of a model window

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.patience import wait_until
 
 _ROOT = Path("/sys/fs/cgroup")
 # Where the memory controller is, with the files of its limit and of its largest use.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 
 
 class MemoryLink:

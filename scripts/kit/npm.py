@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.testing.process import MissingProgram, find_program
+from outstation.workbench.testing.process import MissingProgram, find_program
 from scripts.kit.steps import CACHE
 
 SPARKPLUG = "sparkplug-payload@1.0.3"

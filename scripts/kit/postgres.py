@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from agent.testing.broker import free_port
-from agent.testing.process import ManagedProcess, MissingProgram
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.process import ManagedProcess, MissingProgram
 
 START_TIMEOUT_S = 60.0
 # `initdb` and the server refuse to run as root.

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from agent.model.bundle import bundle, golden_vectors, manifest
-from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.golden_vectors import GoldenVectors
-from agent.model.inference import runtime
-from agent.wire.keys import SigningKey
+from outstation.ml.model.bundle import bundle, golden_vectors, manifest
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.bundle.golden_vectors import GoldenVectors
+from outstation.ml.model.inference import runtime
+from outstation.protocol.wire.keys import SigningKey
 from scripts.kit.bundles import KEY
 
 SHIPPED = Path(__file__).parents[2] / "models" / "exercise"

@@ -8,13 +8,13 @@ from unittest.mock import patch
 import msgspec
 import numpy as np
 
-from agent import arrays
-from agent.arrays import Float64s, Ints
-from agent.drift.detectors.cusum import Cusum
-from agent.drift.detectors.mewma import Mewma
-from agent.drift.detectors.season import HALF_DAY_US, SlowTrend
-from agent.kernel import library
-from agent.kernel.library import Library
+from outstation.foundation import arrays
+from outstation.foundation.arrays import Float64s, Ints
+from outstation.ml.drift.detectors.cusum import Cusum
+from outstation.ml.drift.detectors.mewma import Mewma
+from outstation.ml.drift.detectors.season import HALF_DAY_US, SlowTrend
+from outstation.ml.kernel import library
+from outstation.ml.kernel.library import Library
 
 _TESTS = (1, 2, 5, 17, 174)
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from agent import clock
-from agent.config import FieldConfig, StreamConfig
-from agent.device.capacity.eviction import quarantine_damaged
-from agent.device.recovery.open import open_store
-from agent.device.recovery.report_findings import report_findings
-from agent.device.store.message_log import MessageLog
-from agent.device.store.outbox import MESSAGE_COLUMNS, OutboxMessage
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.testing.messages import new_key
+from outstation.device.capacity.eviction import quarantine_damaged
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.recovery.open import open_store
+from outstation.device.recovery.report_findings import report_findings
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.outbox import MESSAGE_COLUMNS, OutboxMessage
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import new_key
 
 KEY = new_key(7)
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64"), FieldConfig(name="mode", type="category")])

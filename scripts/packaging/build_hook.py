@@ -44,7 +44,7 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
             return
         if version == "editable":
             return
-        build_data["force_include"][str(library)] = "agent/kernel/kernel.so"
+        build_data["force_include"][str(library)] = "outstation/ml/kernel/kernel.so"
         tag = PLATFORM.format(machine=machine) if wanted else f"linux_{machine}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{tag}"

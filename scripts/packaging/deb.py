@@ -34,7 +34,7 @@ _PROGRAM = """\
 #!/opt/outstation/bin/python -P
 import sys
 
-from agent.cli import main
+from outstation.__main__ import main
 
 sys.exit(main())
 """
@@ -83,7 +83,7 @@ PACKAGES = (
             ("deploy/devices.conf", "usr/share/doc/outstation/examples/devices.conf"),
             ("deploy/credentials.conf", "usr/share/doc/outstation/examples/credentials.conf"),
             # For sensor programs of the system's Python.
-            ("agent/client.py", "usr/lib/python3/dist-packages/outstation_client.py"),
+            ("agent/outstation/protocol/client.py", "usr/lib/python3/dist-packages/outstation_client.py"),
         ),
         has_program=True,
     ),
@@ -227,7 +227,7 @@ def describe_licences(site: Path, python: str) -> str:
     recordings = (ROOT / "models" / "recordings" / "README.md").read_text(encoding="utf-8")
     texts = [block[1] for block in re.finditer(r"^```\n(.*?)^```$", recordings, re.DOTALL | re.MULTILINE)]
     names = ("recordings/exercise.npz", "recordings/solar.npz", "uplot.js and uplot.css of the dashboard")
-    texts.append((ROOT / "agent/fleet/dashboard/static/uplot.LICENSE").read_text(encoding="utf-8"))
+    texts.append((ROOT / "agent/outstation/fleet/dashboard/static/uplot.LICENSE").read_text(encoding="utf-8"))
     parts = [
         "Outstation. Copyright: the Outstation authors. Licence: Apache-2.0, whose text is in\n"
         "/usr/share/common-licenses/Apache-2.0.\n",

@@ -1,4 +1,4 @@
-"""Compiled kernel: agent/kernel/kernel.c as a shared library for this machine, or for another one by Clang and LLD.
+"""Compiled kernel: `kernel.c` as a shared library for this machine, or for another one by Clang and LLD.
 
 The library needs no header, no library and no symbol but memcpy and memset of the process that loads it: so one
 compiler builds it for all platforms, and it runs with any C library.
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[2] / "agent" / "kernel" / "kernel.c"
+SOURCE = Path(__file__).parents[2] / "agent/outstation/ml/kernel/kernel.c"
 LIBRARY = SOURCE.with_name("kernel.so")
 # Results have the same bits on all processors: no fused multiply-add, no relaxed arithmetic.
 FLAGS = (

@@ -12,7 +12,7 @@ from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output import make_outputter
 from cyclonedx.schema import OutputFormat, SchemaVersion
 
-from agent.fleet.evidence.gather.sbom import Sbom, build_component, normalize_name, read_licence
+from outstation.evidence.gather.sbom import Sbom, build_component, normalize_name, read_licence
 
 
 def list_distributions(site: Path) -> list[Distribution]:

@@ -72,10 +72,10 @@ DEFAULT_ARCHITECTURES = ("amd64", "arm64")  # those whose libraries all have whe
 
 
 def program_version() -> str:
-    """Return the version in `agent/__init__.py`."""
-    match = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "agent" / "__init__.py").read_text(), re.MULTILINE)
+    """Return the version in `agent/outstation/__init__.py`."""
+    match = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "agent/outstation/__init__.py").read_text(), re.MULTILINE)
     if match is None:
-        raise PackagingError("agent/__init__.py: has no line __version__ = …")
+        raise PackagingError("agent/outstation/__init__.py: has no line __version__ = …")
     return match[1]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from agent.performance.intervals import wilson
+from outstation.ml.performance.intervals import wilson
 from scripts.poisoning import sets, trials
 from scripts.poisoning.attacks import ATTACKS
 

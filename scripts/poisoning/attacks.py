@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Float32s, Ints
-from agent.indices import bincount
-from agent.poisoning.labelled_windows import LabelledWindows
+from outstation.foundation.arrays import Bools, Float32s, Ints
+from outstation.foundation.indices import bincount
+from outstation.ml.poisoning.labelled_windows import LabelledWindows
 
 Generator = np.random.Generator
 Poisoned = tuple[LabelledWindows, Bools]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.arrays import Ints
-from agent.datasets import recordings
-from agent.poisoning.labelled_windows import LabelledWindows
+from outstation.foundation.arrays import Ints
+from outstation.ml.datasets import recordings
+from outstation.ml.poisoning.labelled_windows import LabelledWindows
 
 MODELS = Path(__file__).parents[2] / "models"
 _ROWS = 20_000

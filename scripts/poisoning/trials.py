@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.poisoning.inspect import inspect
-from agent.poisoning.labelled_windows import LabelledWindows
+from outstation.ml.poisoning.inspect import inspect
+from outstation.ml.poisoning.labelled_windows import LabelledWindows
 from scripts.poisoning import attacks
 from scripts.poisoning.attacks import Attack
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from agent.wire import keys
+from outstation.protocol.wire import keys
 from scripts.rollout_trials.trials import TRIALS, Trial, make_bundle, problems
 
 # Time limit of one trial, which ends with its decision; fifty devices take a minute to start on two cores.
@@ -70,7 +70,7 @@ def run(trial: Trial, devices: int, seed: int) -> dict[str, Any]:
             "slow": hard,
         }
         options = [word for option, value in counts.items() for word in (f"--{option}", str(value))]
-        command = [sys.executable, "-m", "agent", "fleet", "simulate", "--rollout", str(plan), "--json", *options]
+        command = [sys.executable, "-m", "outstation", "fleet", "simulate", "--rollout", str(plan), "--json", *options]
         command += ["--publisher", key.public.text, "--duration", str(_LONGEST_S), "--dir", str(folder / "fleet")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S + _STARTS_S, check=False)
     if not done.stdout:

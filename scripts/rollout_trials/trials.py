@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from agent.authoring import pack
-from agent.wire.keys import SigningKey
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.authoring import pack
 from scripts.kit import rigged
 
 # Candidates to follow the shipped `exercise`. A rigged one is the shipped model with a trap that its golden vectors do

@@ -18,20 +18,20 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Float32s
-from agent.authoring import pack
-from agent.bootstrap import tasks
-from agent.bootstrap.device import load_config, open_message_log, open_store
-from agent.clock import ClockReading
-from agent.datasets import recordings
-from agent.device.pipeline import batch
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import runtime
-from agent.testing.process import run_outstation
-from agent.wire import keys
-from agent.wire.keys import SigningKey
+from outstation.device.bootstrap import tasks
+from outstation.device.bootstrap.device import load_config, open_message_log, open_store
+from outstation.device.pipeline import batch
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation.arrays import Float32s
+from outstation.foundation.clock import ClockReading
+from outstation.ml.datasets import recordings
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import runtime
+from outstation.protocol.wire import keys
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.authoring import pack
+from outstation.workbench.testing.process import run_outstation
 from scripts.soaks import Result
 
 FIELDS = ("ax", "ay", "az", "wx", "wy", "wz")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.testing.simulation.lossy_link import LinkConditions
+from outstation.workbench.testing.simulation.lossy_link import LinkConditions
 from scripts.soaks import Result
 from scripts.soaks.rig import DEVICE, TASK, Rig
 

@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from agent import clock
-from agent.config import BrokerConfig
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector.collector import SESSION_EXPIRY_S, client_id
-from agent.fleet.collector.subscriptions import topic_filters
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
-from agent.testing.patience import wait_until
-from agent.testing.process import OutstationProcess
-from agent.transport.mqtt import Link
-from agent.transport.packets import PublishReceipt
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector.collector import SESSION_EXPIRY_S, client_id
+from outstation.fleet.collector.subscriptions import topic_filters
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.foundation import clock
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import PublishReceipt
+from outstation.workbench.testing.broker import MosquittoBroker, free_port
+from outstation.workbench.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import OutstationProcess
 from scripts.kit import postgres, process_stats
 from scripts.soaks import Result
 

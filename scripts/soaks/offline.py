@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.device.capacity.space import hours_until_eviction
-from agent.fleet.database.gap_ledger import EVICTED
-from agent.testing.simulation.lossy_link import LinkConditions
+from outstation.device.capacity.space import hours_until_eviction
+from outstation.fleet.database.gap_ledger import EVICTED
+from outstation.workbench.testing.simulation.lossy_link import LinkConditions
 from scripts.soaks import Result
 from scripts.soaks.rig import TASK, Rig
 

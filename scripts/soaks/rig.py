@@ -13,23 +13,23 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.bootstrap.daemon import build_daemon
-from agent.bootstrap.device import load_config, open_store
-from agent.config import BrokerConfig
-from agent.device.intake.group_commit import GroupCommit
-from agent.device.intake.protocol import LineParser
-from agent.device.uplink.mqtt_sink import MqttSink
-from agent.errors import LinkDown
-from agent.fleet.audit.audit import audit
-from agent.fleet.audit.report import AuditReport
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.subscriptions import topic_filters
-from agent.fleet.database.sqlite import SqliteDatabase
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
-from agent.testing.fleet import FIELDS, field_tables
-from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
-from agent.wire.keys import load_private
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.device.intake.group_commit import GroupCommit
+from outstation.device.intake.protocol import LineParser
+from outstation.device.uplink.mqtt_sink import MqttSink
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.collector.subscriptions import topic_filters
+from outstation.fleet.database.sqlite import SqliteDatabase
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
+from outstation.foundation.errors import LinkDown
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire.keys import load_private
+from outstation.workbench.testing.fleet import FIELDS, field_tables
+from outstation.workbench.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
 
 FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"
 RECORDING = Path(__file__).parents[2] / "models/recordings/exercise.npz"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from agent import config
-from agent.device.intake import feedback_loops
-from agent.device.store.store import Store
-from agent.testing.fleet import RECORDINGS
-from agent.testing.process import run_outstation
+from outstation.device import config
+from outstation.device.intake import feedback_loops
+from outstation.device.store.store import Store
+from outstation.workbench.testing.fleet import RECORDINGS
+from outstation.workbench.testing.process import run_outstation
 from tests.kit.commands import call_outstation
 
 HOST = """

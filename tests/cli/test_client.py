@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.testing.process import run_outstation
+from outstation.workbench.testing.process import run_outstation
 from tests.kit.stations import T0, Station, conf
 
 _PRODUCER = f"""\
 import array, math, sys
 assert not {{"numpy", "msgspec"}} & set(sys.modules)
 from outstation_client import Client
-for name in ("numpy", "msgspec", "agent"):
+for name in ("numpy", "msgspec", "outstation"):
     try:
         __import__(name)
     except ImportError:

@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from agent import clock
-from agent.bootstrap.device import load_config, open_store
-from agent.cli.commands import cli
-from agent.cli.database import inspection
-from agent.config import FieldConfig
-from agent.device.store.rows import PackedChunk, Rows, unpack_columns
-from agent.fleet.database.store import FleetStore
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.device.config.streams import FieldConfig
+from outstation.device.store.rows import PackedChunk, Rows, unpack_columns
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import clock
+from outstation.foundation.cli import inspection
+from outstation.foundation.cli.commands import cli
 
 CONFIG = """
 [device]
@@ -94,7 +94,7 @@ def test_readings_of_a_range_of_time_read_no_chunk_outside_of_it(
         unpacked.append(chunk.first_t)
         return unpack_columns(chunk, fields)
 
-    monkeypatch.setattr("agent.device.store.row_batch.unpack_columns", unpack)
+    monkeypatch.setattr("outstation.device.store.row_batch.unpack_columns", unpack)
 
     def listed(first: int, end: int) -> list[int]:
         since, until = (clock.to_rfc3339(begin + hour * hour_us) for hour in (first, end))

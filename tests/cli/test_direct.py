@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.cli import direct
-from agent.cli.device import processing
+from outstation.device.cli import processing
+from outstation.foundation.cli import direct
 
 WORDS = [
     "-c",

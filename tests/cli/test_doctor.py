@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from agent import config
-from agent.alerts.kinds import FIELD_DRIFT
-from agent.cli.doctor import fixes, flash, power
-from agent.client import Client
-from agent.clock import ClockReading
-from agent.device.store.message_log import MessageLog
-from agent.testing.messages import new_key
-from agent.wire import keys
+from outstation.device import config
+from outstation.device.cli.doctor import fixes, flash, power
+from outstation.device.store.message_log import MessageLog
+from outstation.foundation.clock import ClockReading
+from outstation.protocol.alerts.kinds import FIELD_DRIFT
+from outstation.protocol.client import Client
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.messages import new_key
 from tests.kit.commands import call_outstation
 from tests.kit.stations import T0, Station
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.bootstrap import tasks
-from agent.bootstrap.device import open_message_log, open_store
-from agent.clock import ClockReading
-from agent.device.pipeline import batch
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
+from outstation.device.bootstrap import tasks
+from outstation.device.bootstrap.device import open_message_log, open_store
+from outstation.device.pipeline import batch
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation.clock import ClockReading
 from tests.kit.commands import call_outstation
 from tests.kit.learning_device import LearningDevice
 

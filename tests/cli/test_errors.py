@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from agent.cli.log_format import PrintableFormatter, RepeatHandler
-from agent.errors import StorageError
+from outstation.foundation.cli.log_format import PrintableFormatter, RepeatHandler
+from outstation.foundation.errors import StorageError
 from scripts.fuzzing import malformed, site
 from scripts.fuzzing.malformed import run_command
 from tests.kit.commands import call_outstation
@@ -70,7 +70,7 @@ def test_a_command_in_a_process_that_goes_on_leaves_garbage_collection_as_it_was
 @pytest.mark.process
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_command_started_without_standard_output_or_error_ends_as_otherwise(tmp_path: Path, closed: str) -> None:
-    command = f"exec {shlex.quote(sys.executable)} -m agent status -c no.toml {closed}"
+    command = f"exec {shlex.quote(sys.executable)} -m outstation status -c no.toml {closed}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == int("2>" not in closed), done.stderr
@@ -80,7 +80,7 @@ def test_a_command_started_without_standard_output_or_error_ends_as_otherwise(tm
 def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path: Path) -> None:
     # The import of Click ends as by Ctrl-C.
     (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    program = "import sys\nfrom agent.cli import main\nsys.path.insert(0, sys.argv.pop(1))\n"
+    program = "import sys\nfrom outstation.__main__ import main\nsys.path.insert(0, sys.argv.pop(1))\n"
     program += "def restore(*_):\n    sys.path.pop(0)\n    raise KeyboardInterrupt\n"
     program += "import signal\nsignal.signal(signal.SIGINT, restore)\nmain()"
     # As a file: a fork has imported Click before.
@@ -101,8 +101,8 @@ def test_a_command_that_needs_a_missing_package_names_it(made: Path, monkeypatch
         return load(name, *more, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_rich)
-    monkeypatch.delattr("agent.cli.fleet.rollout_table", raising=False)
-    monkeypatch.delitem(sys.modules, "agent.cli.fleet.rollout_table", raising=False)
+    monkeypatch.delattr("outstation.fleet.cli.rollout_table", raising=False)
+    monkeypatch.delitem(sys.modules, "outstation.fleet.cli.rollout_table", raising=False)
     folder = str(made / "fleet")
     outcome = run_command(["fleet", "rollout", "status", "--dir", folder])
     assert (outcome.code, outcome.errors.count("\n")) == (1, 1)

@@ -19,17 +19,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from agent.cli.fleet.group import fleet
-from agent.cli.output import print_table
-from agent.config import BrokerConfig
-from agent.errors import UsageError
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.workers.device_ranges import split_devices
-from agent.testing.broker import MosquittoBroker
-from agent.testing.messages import MessageSender, SignedMessage
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.workers.device_ranges import split_devices
+from outstation.foundation.cli.output import print_table
+from outstation.foundation.errors import UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
+from outstation.workbench.testing.patience import wait_until
 
 NOW = "2026-11-24T22:20:00.000000Z"
 COMMANDS = ["init", "token", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "evidence", "watch"]
@@ -268,7 +268,7 @@ def test_an_unknown_device_is_wrong_use_with_a_suggestion(folder: Path) -> None:
 
 # --- watch, as a process ---
 
-WATCH = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "watch"]
+WATCH = [sys.executable, "-c", "from outstation.fleet.cli.group import fleet; fleet()", "watch"]
 
 
 @pytest.fixture
@@ -385,7 +385,14 @@ def test_watch_needs_no_private_key_of_the_collector(watched: Path, broker: Mosq
 def test_alerts_are_followed_as_they_come_and_go(folder: Path) -> None:
     sender = MessageSender()
     collected(folder, sender, sender.alert(summary="ax: gain loss."))
-    command = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "alerts", "--follow", "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        "from outstation.fleet.cli.group import fleet; fleet()",
+        "alerts",
+        "--follow",
+        "--json",
+    ]
     with subprocess.Popen([*command, "--dir", str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         first = json.loads(process.stdout.readline())
@@ -403,7 +410,7 @@ def test_alerts_are_followed_as_they_come_and_go(folder: Path) -> None:
 
 # --- collect, as a process ---
 
-COLLECT = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "collect"]
+COLLECT = [sys.executable, "-c", "from outstation.fleet.cli.group import fleet; fleet()", "collect"]
 
 
 def first_words(*args: str | Path) -> str:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from agent.cli.fleet.group import fleet
+from outstation.fleet.cli.group import fleet
 from tests.kit.dashboards import PASSWORD
 
 
@@ -88,7 +88,17 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 def test_it_serves_with_tls_and_ends_with_a_signal(folder: Path, tmp_path: Path) -> None:
     run("user", "add", "ada", "--role", "admin", "--dir", str(folder), password=PASSWORD)
     certificate, key = make_certificate(tmp_path)
-    command = [sys.executable, "-m", "agent", "fleet", "dashboard", "--dir", str(folder), "--listen", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "outstation",
+        "fleet",
+        "dashboard",
+        "--dir",
+        str(folder),
+        "--listen",
+        "127.0.0.1:0",
+    ]
     command += ["--login", "--tls-cert", str(certificate), "--tls-key", str(key)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

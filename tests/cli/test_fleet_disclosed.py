@@ -9,14 +9,14 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from agent.cli.commands import cli
-from agent.config import BrokerConfig
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.messages import FLEET, MessageSender
-from agent.wire import commitment
-from agent.wire.commitment import DisclosedJoin, Disclosure
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.foundation.cli.commands import cli
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire import commitment
+from outstation.protocol.wire.commitment import DisclosedJoin, Disclosure
+from outstation.workbench.testing.messages import FLEET, MessageSender
 
 NOW = "2026-11-24T22:20:00.000000Z"
 KEY = commitment.encode_key(bytes(32))

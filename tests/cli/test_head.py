@@ -10,16 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.bootstrap import device
-from agent.device.health import HealthReporter, quote_acknowledgement
-from agent.device.machine.timekeeping import make_clock
-from agent.device.store import retention
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.testing.messages import new_key
-from agent.wire import jws, log_chain, log_head
-from agent.wire.jws import encode
-from agent.wire.messages import AcknowledgementRef
+from outstation.device.bootstrap import device
+from outstation.device.health import HealthReporter, quote_acknowledgement
+from outstation.device.machine.timekeeping import make_clock
+from outstation.device.store import retention
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.protocol.wire import jws, log_chain, log_head
+from outstation.protocol.wire.jws import encode
+from outstation.protocol.wire.messages import AcknowledgementRef
+from outstation.workbench.testing.messages import new_key
 from tests.kit.commands import call_outstation
 
 pytestmark = pytest.mark.attack("history")

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import config
-from agent.cli import main
-from agent.cli.device.ingest import _DaemonSink
-from agent.client import Client
-from agent.datasets.tables import BLOCK_BYTES
-from agent.device.recovery.open import open_store
-from agent.device.store.quota import PAGE_SIZE
-from agent.device.store.rows import RawColumns, validate_columns
-from agent.device.store.store import Store
-from agent.testing.patience import wait_until
+from outstation.__main__ import main
+from outstation.device import config
+from outstation.device.cli.data.ingest import _DaemonSink
+from outstation.device.recovery.open import open_store
+from outstation.device.store.quota import PAGE_SIZE
+from outstation.device.store.rows import RawColumns, validate_columns
+from outstation.device.store.store import Store
+from outstation.ml.datasets.tables import BLOCK_BYTES
+from outstation.protocol.client import Client
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import ROOT, T0, Killable, Station, rows_of
 
 CONFIG = """\
@@ -209,7 +209,7 @@ def test_a_stream_of_very_many_fields_goes_through_the_daemon_too(
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
 def test_stdin_is_read_as_utf8_in_any_locale(home: Path, locale: str) -> None:
     environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "agent", "ingest", "machine", "-c", str(home / "outstation.toml"), "--json"]
+    command = [sys.executable, "-m", "outstation", "ingest", "machine", "-c", str(home / "outstation.toml"), "--json"]
     lines = 'power,count,mode\r\n1,1,größe\r\n2,2,"two\nlines"\r\n3,3,'.encode() + b"\xff\r\n"
     done = subprocess.run(command, input=lines, capture_output=True, cwd=ROOT, env=environment)
     assert done.stderr == b""
@@ -225,7 +225,7 @@ def test_stdin_is_read_as_utf8_in_any_locale(home: Path, locale: str) -> None:
 
 
 def test_json_lines_come_from_stdin_too(home: Path) -> None:
-    command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
+    command = [sys.executable, "-m", "outstation", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
     done = subprocess.run(command, input=b'{"ax":1,"ay":2}\n', capture_output=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"1 row accepted, 0 rejected\n", b"")
 
@@ -428,7 +428,7 @@ def test_of_a_long_file_only_unanswered_lines_are_in_memory(home: Path) -> None:
 def test_a_daemon_killed_midway_is_named_with_the_last_stored_line(home: Path) -> None:
     killable = Killable(home / "data", commit_every_s=0.05)
     killable.start()
-    command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
+    command = [sys.executable, "-m", "outstation", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdin is not None
         assert process.stderr is not None
@@ -453,7 +453,7 @@ def test_a_daemon_killed_midway_is_named_with_the_last_stored_line(home: Path) -
 
 @pytest.mark.attack("files")
 def test_a_file_that_ends_its_confined_decoder_costs_no_row_before_it(home: Path) -> None:
-    command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
+    command = [sys.executable, "-m", "outstation", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdin is not None
         assert process.stderr is not None
@@ -598,7 +598,7 @@ def test_a_run_that_was_killed_is_continued_and_doubles_no_row(
 ) -> None:
     total = 200_000
     (home / "in.csv").write_text("ax,ay\n" + "1,2\n" * total)
-    command = [sys.executable, "-m", "agent", "ingest", "watch", str(home / "in.csv")]
+    command = [sys.executable, "-m", "outstation", "ingest", "watch", str(home / "in.csv")]
     command += ["-c", str(home / "outstation.toml")]
     with daemon(home) as station:
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:

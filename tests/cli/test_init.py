@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from agent import config
-from agent.bootstrap import owner
-from agent.cli import main
-from agent.cli.device.init import is_untouched
-from agent.wire import keys
+from outstation.__main__ import main
+from outstation.device import config
+from outstation.device.cli.init import is_untouched
+from outstation.foundation import owner
+from outstation.protocol.wire import keys
 from tests.kit.commands import call_outstation
 from tests.kit.marks import root_only
 

@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
-from agent import config, durable_files
-from agent.bootstrap import device as installation
-from agent.bootstrap import joining
-from agent.cli import main
-from agent.clock import read as read_clock
-from agent.device.recovery import new_log
-from agent.device.recovery.open import open_store
-from agent.device.store.store import Store
-from agent.errors import UsageError
-from agent.wire import keys
+from outstation.__main__ import main
+from outstation.device import config
+from outstation.device.bootstrap import device as installation
+from outstation.device.bootstrap import joining
+from outstation.device.recovery import new_log
+from outstation.device.recovery.open import open_store
+from outstation.device.store.store import Store
+from outstation.foundation import durable_files
+from outstation.foundation.clock import read as read_clock
+from outstation.foundation.errors import UsageError
+from outstation.protocol.wire import keys
 from tests.kit.marks import root_only
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import agent
-from agent.cli.doctor import journal
+import outstation
+from outstation.device.cli.doctor import journal
 
 T0 = 1_764_022_680_000_000
 PLANTED = ("patient-zq7", "0.7351129", "/srv/ward-9", "10.1.2.3", "bed-qx71.csv", "nurse")
@@ -32,8 +32,8 @@ def test_a_line_of_the_journal_is_the_programs_text_without_its_values() -> None
         json.dumps({"__REALTIME_TIMESTAMP": str(T0 + i), "_PID": pid, "PRIORITY": "4", "MESSAGE": text}).encode()
         for i, (pid, text) in enumerate(LINES)
     ]
-    package = Path(agent.__file__).parent
-    folders = ("bridge", "device/intake/sources", "bootstrap", "config", "cli/device")
+    package = Path(outstation.__file__).parent
+    folders = ("integrations", "device/intake/sources", "device/bootstrap", "device/config", "device/cli")
     texts = [text for folder in folders for text in journal.load_texts(package / folder)]
     entries = journal.summarize([*lines, b"{", b'{"MESSAGE": [1, 2]}'], texts)
     shown = [entry.text for entry in entries]

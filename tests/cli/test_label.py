@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.cli.commands import cli
-from agent.cli.device.labelling.label import read_labels
-from agent.datasets.recordings import load
-from agent.errors import UsageError
-from agent.performance.labels import Label
-from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
+from outstation.device.cli.labelling.label import read_labels
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.errors import UsageError
+from outstation.ml.datasets.recordings import load
+from outstation.ml.performance.labels import Label
+from outstation.workbench.testing.fleet import FIELDS, RECORDINGS, LocalFleet
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 from tests.kit.commands import audit_fleet, call_outstation
 
 WINDOW = 100

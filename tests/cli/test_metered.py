@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.clock import ClockReading
-from agent.config import Size
-from agent.config.broker import MeteredConfig
-from agent.device.uplink.meter import TrafficMeter
+from outstation.device.uplink.meter import TrafficMeter
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.quantities import Size
+from outstation.protocol.transport.broker_config import MeteredConfig
 from tests.device.pipeline.test_relearn import Site, work
 from tests.kit.commands import call_outstation
 

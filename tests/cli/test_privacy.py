@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent import config
-from agent.bootstrap import device
-from agent.cli.commands import cli
-from agent.cli.owner.privacy import build_document
-from agent.device.pipeline.batch_messages import _leave_out_rare
-from agent.device.recovery.open import open_store
-from agent.errors import ConfigError
-from agent.model.inference.scores import Labels
+from outstation.device import config
+from outstation.device.bootstrap import device
+from outstation.device.cli.owner.privacy import build_document
+from outstation.device.pipeline.batch_messages import _leave_out_rare
+from outstation.device.recovery.open import open_store
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.errors import ConfigError
+from outstation.ml.model.inference.scores import Labels
 from tests.kit.commands import call_outstation
 
 CONFIG = """\

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import config
-from agent.cli import main
-from agent.cli.proposal.fields import propose_columns
-from agent.config import BrokerConfig
-from agent.config.sources import MqttSource
-from agent.testing.broker import MosquittoBroker
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
+from outstation.__main__ import main
+from outstation.device import config
+from outstation.device.cli.proposal.fields import propose_columns
+from outstation.device.config.sources import MqttSource
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker
 from tests.kit.commands import call_outstation
 
 GREENHOUSE = """\
@@ -63,7 +63,7 @@ def test_a_stream_is_proposed_from_messages_of_a_broker_with_paths_and_levels_of
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two rounds of the messages end it.
-    monkeypatch.setattr("agent.cli.proposal.stream._MAX_MESSAGES", 6)
+    monkeypatch.setattr("outstation.device.cli.proposal.stream._MAX_MESSAGES", 6)
     head = {"Time": "2026-11-27T10:00:00", "on": True}
     messages: list[tuple[str, Any]] = [
         ("tele/attic/SENSOR", {**head, "AM2301": {"Temperature": 20.1, "Humidity": 40}}),

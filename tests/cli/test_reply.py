@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from agent.cli.device import reply
-from agent.cli.fleet.reports import FollowedAlerts
+from outstation.device.cli import reply
+from outstation.fleet.cli.reports import FollowedAlerts
 
 
 def shown(capsys: pytest.CaptureFixture[str], command: str, data: dict[str, Any]) -> str:

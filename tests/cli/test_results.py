@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent.cli.device import results
-from agent.cli.follow import Column, LinePrinter
-from agent.device import newest
-from agent.device.store.outbox import OutboxMessage
-from agent.device.store.rows import Rows
+from outstation.device import newest
+from outstation.device.cli.data import results
+from outstation.device.store.outbox import OutboxMessage
+from outstation.device.store.rows import Rows
+from outstation.foundation.cli.follow import Column, LinePrinter
 from scripts.kit.bundles import CLASSIFY, REGRESS, activated
 from tests.device.pipeline.test_relearn import Site, work
 from tests.kit.commands import call_outstation
@@ -176,7 +176,7 @@ def test_an_unknown_name_is_an_error_with_a_suggestion(site: Site, args: tuple[s
 
 
 def test_following_prints_a_line_of_json_each_until_interrupted(site: Site) -> None:
-    command = [sys.executable, "-m", "agent", "results", "--last", "2", "--follow", "--json", "-c", str(site.file)]
+    command = [sys.executable, "-m", "outstation", "results", "--last", "2", "--follow", "--json", "-c", str(site.file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = [json.loads(process.stdout.readline()) for _ in range(2)]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli.device.init import TEMPLATE
-from agent.cli.doctor.fixes import belongs_to_root
+from outstation.device.cli.doctor.fixes import belongs_to_root
+from outstation.device.cli.init import TEMPLATE
 from tests.kit.marks import root_only
 from tests.kit.stations import ROOT
 
@@ -50,14 +50,14 @@ def nobody_reads(path: Path) -> bool:
 
 
 readable = pytest.mark.skipif(
-    not nobody_reads(ROOT / "agent") or not nobody_reads(Path(sys.executable)),
+    not nobody_reads(ROOT / "agent/outstation") or not nobody_reads(Path(sys.executable)),
     reason="this checkout or its Python lies in a folder that other users may not enter",
 )
 
 
 @readable
 def test_a_bundle_that_root_checks_runs_as_the_devices_user(config: Path) -> None:
-    program = "import os, sys\nfrom agent.bootstrap.device import load_config\nload_config(sys.argv[1])\n"
+    program = "import os, sys\nfrom outstation.device.bootstrap.device import load_config\nload_config(sys.argv[1])\n"
     program += "print(os.getresuid(), os.getresgid(), os.getgroups())\n"
     program += "try:\n    os.setuid(0)\nexcept PermissionError:\n    print('for good')\n"
     ids = (NOBODY,) * 3
@@ -66,7 +66,7 @@ def test_a_bundle_that_root_checks_runs_as_the_devices_user(config: Path) -> Non
 
 @readable
 def test_what_root_writes_to_a_devices_store_belongs_to_the_devices_user(config: Path) -> None:
-    outstation = "import sys\nfrom agent.cli import main\nmain(sys.argv[1:])"
+    outstation = "import sys\nfrom outstation.__main__ import main\nmain(sys.argv[1:])"
     shown = run(outstation, "check", "--json", "-c", str(config))
     assert '"storage"' in shown, shown
     made = list((config.parent / "data").iterdir())
@@ -77,7 +77,7 @@ def test_what_root_writes_to_a_devices_store_belongs_to_the_devices_user(config:
 @readable
 @pytest.mark.parametrize("closed", ["", "<&-", "2>&-"])
 def test_root_runs_a_batch_as_the_devices_user_also_with_a_closed_stream(shared_path: Path, closed: str) -> None:
-    shell = f'exec "$0" -m agent "$@" {closed}'
+    shell = f'exec "$0" -m outstation "$@" {closed}'
 
     def outstation(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["sh", "-c", shell, sys.executable, *arguments]
@@ -100,20 +100,20 @@ def test_root_runs_a_batch_as_the_devices_user_also_with_a_closed_stream(shared_
 
 def test_root_stays_root_where_the_data_folder_is_its_own(config: Path) -> None:
     os.chown(config.parent / "data", 0, 0)
-    program = "import os, sys\nfrom agent.bootstrap.device import load_config\nload_config(sys.argv[1])\n"
+    program = "import os, sys\nfrom outstation.device.bootstrap.device import load_config\nload_config(sys.argv[1])\n"
     assert run(program + "print(os.getuid())", str(config)) == "0\n"
 
 
 def test_a_program_that_the_devices_user_may_not_read_is_named_in_one_line(config: Path) -> None:
     private = config.parent / "private"
     private.mkdir(mode=0o700)
-    shutil.copytree(ROOT / "agent", private / "agent", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "agent/outstation", private / "outstation", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "models", private / "models", ignore=shutil.ignore_patterns("sources", "recordings"))
-    outstation = "import sys\nfrom agent.cli import main\nmain(sys.argv[1:])"
+    outstation = "import sys\nfrom outstation.__main__ import main\nmain(sys.argv[1:])"
     shown = run(outstation, "check", "-c", str(config), folder=private)
     assert "Traceback" not in shown
     assert len(shown.splitlines()) == 1
-    assert f"who may not read the program in {private / 'agent'}" in shown
+    assert f"who may not read the program in {private / 'outstation'}" in shown
 
 
 @readable
@@ -121,7 +121,7 @@ def test_sudo_doctor_fixes_the_config_of_an_installed_device(config: Path) -> No
     os.chown(config, 0, NOBODY)
     config.chmod(0o640)
     key = config.parent / "device.key"
-    outstation = "import sys\nfrom agent.cli import main\nmain(sys.argv[1:])"
+    outstation = "import sys\nfrom outstation.__main__ import main\nmain(sys.argv[1:])"
     shown = run(outstation, "doctor", "--fix", "--yes", "--json", "-c", str(config))
     document = json.loads(shown)
     assert {fix["name"] for fix in document["applied"]} == {"key", "collector"}, shown

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from agent.cli.simulated import deferred_exit
+from outstation.workbench.cli.simulated import deferred_exit
 
 
 def test_a_signal_waits_for_the_end_of_the_turn_and_a_second_one_does_not() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli import spare
-from agent.cli.device.init import TEMPLATE
-from agent.model.sandbox import launch
+from outstation.device.cli import spare
+from outstation.device.cli.init import TEMPLATE
+from outstation.ml.model.sandbox import launch
 
 TASK = """
 [tasks.sort]

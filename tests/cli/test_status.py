@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from agent.bootstrap.device import open_message_log
-from agent.cli.commands import cli
-from agent.cli.device.reply import print_reply
-from agent.device.intake import labels
-from agent.device.pipeline import label_metrics, labelled_output
-from agent.device.status import build_document
-from agent.device.store.store import DATABASE, Store
-from agent.errors import StorageDamaged, StorageError, UsageError
-from agent.performance.labels import Label
-from agent.testing.process import run_outstation
+from outstation.device.bootstrap.device import open_message_log
+from outstation.device.cli.reply import print_reply
+from outstation.device.intake import labels
+from outstation.device.pipeline import label_metrics, labelled_output
+from outstation.device.status import build_document
+from outstation.device.store.store import DATABASE, Store
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.errors import StorageDamaged, StorageError, UsageError
+from outstation.ml.performance.labels import Label
+from outstation.workbench.testing.process import run_outstation
 from tests.device.pipeline.test_relearn import NOW, Site, work
 from tests.kit.commands import call_outstation
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.model.bundle.bundle import Bundle
+from outstation.ml.model.bundle.bundle import Bundle
 from tests.kit import multi_output_device
 from tests.kit.devices import Device
 

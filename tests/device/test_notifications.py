@@ -13,21 +13,21 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from agent import clock
-from agent.alerts.kinds import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
-from agent.bootstrap import daemon
-from agent.bootstrap.device import load_config
-from agent.cli.commands import cli
-from agent.config.notify import DATABASE, NotifyConfig, WebhookTarget
-from agent.device.notifications import DeviceAlertSource, NotifyFile, open_notifications
-from agent.device.recovery.open import open_store
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.errors import StorageError
-from agent.notify.notifier import Notifier, NotifierThread
-from agent.testing.messages import new_key
-from agent.testing.patience import Patience, wait_until
-from tests.notify.servers import HookServer, hook_server, is_idle
+from outstation.device.bootstrap import daemon
+from outstation.device.bootstrap.device import load_config
+from outstation.device.notifications import DeviceAlertSource, NotifyFile, open_notifications
+from outstation.device.recovery.open import open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.errors import StorageError
+from outstation.integrations.notify.config import DATABASE, NotifyConfig, WebhookTarget
+from outstation.integrations.notify.notifier import Notifier, NotifierThread
+from outstation.protocol.alerts.kinds import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.patience import Patience, wait_until
+from tests.integrations.notify.servers import HookServer, hook_server, is_idle
 
 NOW_S = 1.8e9
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.config import BrokerConfig
-from agent.errors import LinkDown
-from agent.fleet.config import FleetConfig
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.fleet import FLEET
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.foundation.errors import LinkDown
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root
+from outstation.workbench.testing.fleet import FLEET
 from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, receive_messages, receive_through
 from tests.kit.commands import call_outstation
 from tests.kit.enrolments import let_in, site

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.authoring import pack
-from agent.errors import BadBundle, ConfigError
+from outstation.foundation.errors import BadBundle, ConfigError
+from outstation.workbench.authoring import pack
 from scripts.kit.bundles import KEY, LABELS, change, write_spec
 
 

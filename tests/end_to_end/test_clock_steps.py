@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from apscheduler.triggers.cron import CronTrigger
 
-from agent import clock
-from agent.bootstrap.daemon import build_daemon
-from agent.bootstrap.device import load_config, open_store
-from agent.client import Client
-from agent.clock import ClockReading
-from agent.device.daemon import Daemon
-from agent.device.pipeline import batch
-from agent.device.store import task_keys
-from agent.device.store.store import Store
-from agent.device.store.transaction import Transaction
-from agent.testing.fleet import FIELDS, DeviceProcess, LocalFleet, field_tables
-from agent.testing.patience import wait_until
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.device.daemon import Daemon
+from outstation.device.pipeline import batch
+from outstation.device.store import task_keys
+from outstation.device.store.store import Store
+from outstation.device.store.transaction import Transaction
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.protocol.client import Client
+from outstation.workbench.testing.fleet import FIELDS, DeviceProcess, LocalFleet, field_tables
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.commands import audit_fleet
 
 LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from agent.config import BrokerConfig
-from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
-from agent.testing.messages import new_key
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
-from agent.wire import jws, keys
-from agent.wire.jws import encode
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.protocol.wire import jws, keys
+from outstation.protocol.wire.jws import encode
+from outstation.workbench.testing.fleet import FLEET, DeviceProcess, LocalFleet
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 from scripts.kit.broker_client import publish_all
 from tests.kit.commands import audit_fleet, call_outstation
 

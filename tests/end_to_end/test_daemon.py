@@ -10,25 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import clock, config
-from agent.bootstrap.daemon import build_daemon, load_scheduled_tasks
-from agent.bootstrap.device import load_config, open_store
-from agent.config import Config
-from agent.device import daemon as daemon_module
-from agent.device.capacity.space import SpaceManager
-from agent.device.daemon import Daemon
-from agent.device.machine import heap
-from agent.device.pipeline import batch, loaded_task
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.recovery import open as recovery
-from agent.device.signals import Signals
-from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.errors import UsageError
-from agent.testing.messages import new_key
-from agent.wire import keys
+from outstation.device import config
+from outstation.device import daemon as daemon_module
+from outstation.device.bootstrap.daemon import build_daemon, load_scheduled_tasks
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.device.capacity.space import SpaceManager
+from outstation.device.config.config import Config
+from outstation.device.daemon import Daemon
+from outstation.device.machine import heap
+from outstation.device.pipeline import batch, loaded_task
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.recovery import open as recovery
+from outstation.device.signals import Signals
+from outstation.device.store import task_keys
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.foundation.errors import UsageError
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.messages import new_key
 from tests.kit.stations import T0, conf
 
 # Real starts, as users and systemd do it.

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from agent.device.store.store import Store
-from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.patience import wait_until
+from outstation.device.store.store import Store
+from outstation.workbench.testing.fleet import DeviceProcess, LocalFleet
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.commands import call_outstation
 
 ROWS, LAST = 4000, 20

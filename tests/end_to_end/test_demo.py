@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from agent.testing.patience import wait_until
-from agent.testing.process import find_program
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import find_program
 
 # Real starts, as users and systemd do it.
 pytestmark = pytest.mark.exec
@@ -25,7 +25,7 @@ import shutil
 which = shutil.which
 shutil.which = lambda name, *more, **named: None if name == "mosquitto" else which(name, *more, **named)
 if __name__ == "__main__":
-    from agent.cli import main
+    from outstation.__main__ import main
 
     main()
 """
@@ -44,7 +44,9 @@ def left_over(folder: Path) -> list[str]:
     return processes
 
 
-def run(home: Path, *arguments: str, command: tuple[str, ...] = ("-m", "agent")) -> subprocess.CompletedProcess[str]:
+def run(
+    home: Path, *arguments: str, command: tuple[str, ...] = ("-m", "outstation")
+) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, *command, "demo", "--dir", str(home), *arguments]
     return subprocess.run(whole, capture_output=True, text=True, timeout=200, check=False)
 
@@ -108,7 +110,7 @@ def test_without_mosquitto_it_runs_on_the_broker_from_pip(tmp_path: Path) -> Non
 def test_a_demo_that_is_interrupted_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
     find_program("mosquitto")
     home = tmp_path / "home"
-    command = [sys.executable, "-m", "agent", "demo", "--dir", str(home), "--devices", "1", "--no-dashboard"]
+    command = [sys.executable, "-m", "outstation", "demo", "--dir", str(home), "--devices", "1", "--no-dashboard"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as demo:
         wait_until("the daemon's log", (home / "pi-01.log").exists)
         time.sleep(0.5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent.testing.process import find_program
+from outstation.workbench.testing.process import find_program
 from tests.end_to_end.test_demo import left_over, run
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import BrokerConfig
-from agent.errors import LinkDown
-from agent.testing.fleet import LocalFleet
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
+from outstation.foundation.errors import LinkDown
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.patience import wait_until
 from tests.end_to_end.test_privacy import PATIENTS, Hospital, planted
 from tests.kit.commands import audit_fleet, call_outstation
 

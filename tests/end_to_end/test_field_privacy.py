@@ -17,17 +17,17 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
-from agent.bridge.sparkplug_payload import _payload_type
-from agent.client import Client
-from agent.config import BrokerConfig
-from agent.testing.fleet import LocalFleet
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
-from agent.wire.privacy.field_privacy import OPTIONAL_KINDS
+from outstation.integrations.sparkplug.sparkplug_payload import _payload_type
+from outstation.protocol.client import Client
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire.privacy.field_privacy import OPTIONAL_KINDS
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.patience import wait_until
 from tests.end_to_end.test_privacy import LABELS, PATIENTS, REJECTED, ROWS, T0, Hospital
+from tests.integrations.notify.servers import Post, hook_server
 from tests.kit.commands import audit_fleet, call_outstation
-from tests.notify.servers import Post, hook_server
 
 pytestmark = pytest.mark.attack("privacy")
 

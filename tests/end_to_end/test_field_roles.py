@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from agent import config
-from agent.bootstrap import tasks
-from agent.clock import ClockReading
-from agent.config import Config, FieldConfig, StreamConfig
-from agent.device.pipeline import batch
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.recovery.open import open_store
-from agent.device.store.message_log import MessageLog
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.testing.messages import new_key
+from outstation.device import config
+from outstation.device.bootstrap import tasks
+from outstation.device.config.config import Config
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.pipeline import batch
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.recovery.open import open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation.clock import ClockReading
+from outstation.workbench.testing.messages import new_key
 from scripts.kit.bundles import KEY, REGRESS, Floats, packed
 from scripts.kit.stores import outbox_payloads
 

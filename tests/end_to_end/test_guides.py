@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agent import config
-from agent.config import BrokerConfig
-from agent.device.store.store import Store
-from agent.fleet.rollout.plan import read as read_plan
-from agent.testing.broker import MosquittoBroker
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
+from outstation.device import config
+from outstation.device.store.store import Store
+from outstation.fleet.rollout.plan import read as read_plan
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit.bundles import readings, write_csv
 from tests.kit.commands import call_outstation
 from tests.kit.stations import ROOT
@@ -75,7 +75,7 @@ def test_every_stream_of_the_guide_gets_its_rows_as_the_guide_says(
         assert call_outstation("init", "key").returncode == 0
         shutil.move(tmp_path / "key" / "device.key", tmp_path / "device.key")
         log = (tmp_path / "daemon.log").open("wb")
-        daemon = subprocess.Popen([sys.executable, "-m", "agent", "run"], stdout=log, stderr=log)
+        daemon = subprocess.Popen([sys.executable, "-m", "outstation", "run"], stdout=log, stderr=log)
         try:
             wait_until("the socket", (tmp_path / "data" / "intake.sock").exists)
             for stream in ("meter", "camera"):

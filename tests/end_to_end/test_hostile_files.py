@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.device.intake.sources.file_marker import FileMarker
-from agent.testing.patience import wait_until
-from agent.testing.process import OutstationProcess
-from agent.wire import keys
+from outstation.device.intake.sources.file_marker import FileMarker
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import OutstationProcess
 from scripts.kit.memory_cgroup import MemoryCgroup, memory_cgroup
 from tests.kit.commands import call_outstation
 

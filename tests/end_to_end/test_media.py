@@ -16,22 +16,22 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from agent import config
-from agent.authoring import pack
-from agent.bootstrap import tasks
-from agent.cli.device.check import check
-from agent.cli.device.ingest import ingest
-from agent.datasets import training_data
-from agent.device.store.store import Store
-from agent.errors import ConfigError, OutstationError, UsageError
-from agent.model.bundle import bundle
-from agent.testing.patience import wait_until
-from agent.testing.process import OutstationProcess, run_outstation
+from outstation.device import config
+from outstation.device.bootstrap import tasks
+from outstation.device.cli.check import check
+from outstation.device.cli.data.ingest import ingest
+from outstation.device.store.store import Store
+from outstation.foundation.errors import ConfigError, OutstationError, UsageError
+from outstation.ml.datasets import training_data
+from outstation.ml.model.bundle import bundle
+from outstation.workbench.authoring import pack
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import OutstationProcess, run_outstation
 from scripts.kit.bundles import KEY, MODELS
 from tests.kit.commands import call_outstation
 from tests.kit.devices import expand_columns
 from tests.kit.stations import rows_of
-from tests.model.test_media import RATE, picture, write_wav
+from tests.ml.model.test_media import RATE, picture, write_wav
 
 PERSON = """
 name = "person"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.testing.fleet import LocalFleet
-from agent.wire import keys
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.fleet import LocalFleet
 from scripts.kit.bundles import CLASSIFY, LABELS, packed, write_spec
 from tests.kit.commands import call_outstation
 from tests.kit.stations import ROOT

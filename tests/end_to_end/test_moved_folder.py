@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli.device import run
-from agent.config import load as load_config
-from agent.device.daemon import Daemon
-from agent.device.signals import Signals
-from agent.errors import StorageError, StorageMoved
-from agent.testing.patience import wait_until
-from agent.testing.process import OutstationProcess
+from outstation.device.cli import run
+from outstation.device.config.config import load as load_config
+from outstation.device.daemon import Daemon
+from outstation.device.signals import Signals
+from outstation.foundation.errors import StorageError, StorageMoved
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import OutstationProcess
 from tests.kit.commands import call_outstation
 from tests.kit.stations import Line
 

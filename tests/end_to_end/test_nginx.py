@@ -18,11 +18,11 @@ from typing import NamedTuple
 import pytest
 from click.testing import CliRunner
 
-from agent.cli.fleet.group import fleet
-from agent.fleet.enrolment import pki
-from agent.testing.broker import free_port
-from agent.testing.patience import wait_until
-from agent.testing.process import find_program
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.enrolment import pki
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import find_program
 from tests.kit.stations import ROOT
 
 pytestmark = pytest.mark.process
@@ -170,7 +170,7 @@ def proxied(folder: Path, tmp_path: Path) -> Iterator[Nginx]:
     (tmp_path / "people").write_text(people, encoding="utf-8")
     replaced = {"127.0.0.1:8480": f"127.0.0.1:{port}", "/etc/nginx/people": str(tmp_path / "people")}
     with Nginx(tmp_path / "nginx", "guides/dashboard.md", replaced) as nginx:
-        process = subprocess.Popen([sys.executable, "-m", "agent", *arguments], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-m", "outstation", *arguments], cwd=ROOT)
         try:
             wait_until("the dashboard answers", lambda: nginx.ask("GET", "/login", **_sign_in("ada")).status != 502)
             yield nginx

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.testing.fleet import LocalFleet
-from agent.testing.messages import MessageSender, SignedMessage
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from tests.notify.servers import HookServer, Mailbox, hook_server, mailbox
+from outstation.protocol.transport.mqtt import Link
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
+from outstation.workbench.testing.patience import wait_until
+from tests.integrations.notify.servers import HookServer, Mailbox, hook_server, mailbox
 
 NOW = "2026-11-24T22:20:00.000000Z"
 CHUNKS, CHUNK = 5, 400

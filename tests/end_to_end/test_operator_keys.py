@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from agent.fleet import config as fleet_config
-from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
-from agent.wire import keys
+from outstation.fleet import config as fleet_config
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.fleet import DeviceProcess, LocalFleet
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 
 pytestmark = pytest.mark.attack("operators")
 

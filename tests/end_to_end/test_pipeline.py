@@ -17,26 +17,26 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent import clock
-from agent.bootstrap import sinks
-from agent.bootstrap.daemon import build_daemon
-from agent.bootstrap.device import load_config, open_message_log, open_store
-from agent.client import Client, FlushResult
-from agent.clock import ClockReading
-from agent.config import BrokerConfig
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.device.uplink.uplink import Uplink
-from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.fleet import FIELDS, FLEET, DeviceProcess, LocalFleet, field_tables, last_result_row
-from agent.testing.messages import new_key
-from agent.testing.patience import Patience, wait_until
-from agent.testing.process import OutstationProcess
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage, PublishReceipt
-from agent.wire import jws, keys
-from agent.wire.jws import Signer
-from agent.wire.runs import QuietWindows, expand_integers
+from outstation.device.bootstrap import sinks
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.bootstrap.device import load_config, open_message_log, open_store
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.device.uplink.uplink import Uplink
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.protocol.client import Client, FlushResult
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage, PublishReceipt
+from outstation.protocol.wire import jws, keys
+from outstation.protocol.wire.jws import Signer
+from outstation.protocol.wire.runs import QuietWindows, expand_integers
+from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root
+from outstation.workbench.testing.fleet import FIELDS, FLEET, DeviceProcess, LocalFleet, field_tables, last_result_row
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.patience import Patience, wait_until
+from outstation.workbench.testing.process import OutstationProcess
 from scripts.kit.broker_client import publish_one
 from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import root_only

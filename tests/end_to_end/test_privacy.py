@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.client import Client
-from agent.testing.fleet import LocalFleet
-from agent.testing.patience import wait_until
+from outstation.protocol.client import Client
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit.bundles import CLASSIFY, KEY, packed
 from tests.kit.commands import call_outstation
 

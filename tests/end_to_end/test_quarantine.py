@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from agent.device.bundles.quarantine import CrashMarker
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import tuning
-from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.patience import wait_until
-from agent.testing.process import NotifySocket
+from outstation.device.bundles.quarantine import CrashMarker
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import tuning
+from outstation.workbench.testing.fleet import DeviceProcess, LocalFleet
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import NotifySocket
 from scripts.kit.bundles import KEY, change_manifest
 from tests.kit.commands import audit_fleet
 

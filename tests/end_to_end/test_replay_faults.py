@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.config.sources import ReplayFault
-from agent.device.intake.sources.replay import inject_faults
+from outstation.device.config.sources import ReplayFault
+from outstation.device.intake.sources.replay import inject_faults
 
 N, FROM = 400, 101
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.testing.fleet import LocalFleet
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.commands import audit_fleet
 
 ENDLESS = 10**9

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from agent.model.bundle import builtin, bundle
-from agent.testing.fleet import LocalFleet
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 
 ROWS = 6000
 LIMITS = (0.9, 0.97, 0.98, 0.985)

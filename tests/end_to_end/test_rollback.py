@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agent import durable_files
-from agent.device.bundles import history
-from agent.errors import StorageFull
+from outstation.device.bundles import history
+from outstation.foundation import durable_files
+from outstation.foundation.errors import StorageFull
 from tests.kit.bundle_devices import Device
 
 pytest_plugins = ["tests.kit.bundle_device_fixtures"]

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from agent.config import BrokerConfig
-from agent.fleet import config as fleet_config
-from agent.model.bundle import bundle
-from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
-from agent.wire import jws, keys
-from agent.wire.jws import encode
+from outstation.fleet import config as fleet_config
+from outstation.ml.model.bundle import bundle
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.protocol.wire import jws, keys
+from outstation.protocol.wire.jws import encode
+from outstation.workbench.testing.fleet import FLEET, DeviceProcess, LocalFleet
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit import rigged
 from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import crashing

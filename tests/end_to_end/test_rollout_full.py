@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from agent.device.rollout import transitions
-from agent.testing.patience import wait_until
+from outstation.device.rollout import transitions
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults.disk import Card, no_card
 from tests.kit.marks import crashing
 from tests.kit.rollouts import Site, bundles_in, tiles
@@ -90,7 +90,7 @@ def processes(template: Site) -> Callable[[], int]:
 
 def is_of_agent(child: psutil.Process) -> bool:
     try:
-        return any(argument.startswith("agent.") for argument in child.cmdline())
+        return any(argument.startswith("outstation.") for argument in child.cmdline())
     except psutil.ZombieProcess:
         return bool(child.name().startswith("python"))
     except psutil.NoSuchProcess:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from agent.device.rollout import transitions
-from agent.device.rollout.desired_state import DesiredStateStore
-from agent.device.store.store import Store
+from outstation.device.rollout import transitions
+from outstation.device.rollout.desired_state import DesiredStateStore
+from outstation.device.store.store import Store
 from tests.kit.marks import crashing
 from tests.kit.rollouts import Site, bundles_in, signed, tiles
 

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from agent import config
-from agent.bootstrap.daemon import build_daemon
-from agent.cli.device import processing, run
-from agent.clock import ClockReading
-from agent.config import Config
-from agent.device.daemon import Daemon
-from agent.device.signals import Signals
-from agent.device.store.store import Store
-from agent.errors import ConfigError, StorageForked
+from outstation.device import config
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.cli import processing, run
+from outstation.device.config.config import Config
+from outstation.device.daemon import Daemon
+from outstation.device.signals import Signals
+from outstation.device.store.store import Store
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import ConfigError, StorageForked
 from tests.kit.commands import call_outstation
 
 

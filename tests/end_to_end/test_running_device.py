@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import BrokerConfig
-from agent.testing.fleet import FLEET, LocalFleet
-from agent.testing.messages import new_key
-from agent.testing.patience import Patience, wait_until
-from agent.testing.process import NotifySocket, run_outstation
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
-from agent.wire import jws
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.protocol.wire import jws
+from outstation.workbench.testing.fleet import FLEET, LocalFleet
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.patience import Patience, wait_until
+from outstation.workbench.testing.process import NotifySocket, run_outstation
 from scripts.kit.broker_client import receive_messages
 from tests.end_to_end.test_pipeline import STOP_LIMIT_S, last_row, with_link
 from tests.kit.commands import audit_fleet, call_outstation

@@ -11,17 +11,17 @@ from unittest.mock import Mock
 
 import pytest
 
-from agent.simulate import disturbances, plan
-from agent.simulate.simulation import Simulation
-from agent.testing.broker import MosquittoBroker
-from agent.testing.process import find_program
+from outstation.workbench.simulate import disturbances, plan
+from outstation.workbench.simulate.simulation import Simulation
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.process import find_program
 from tests.end_to_end.test_demo import left_over
 
 NAMES = plan.device_names(50)
 
 
 def simulate(home: Path, *arguments: str, timeout_s: float = 170.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "agent", "fleet", "simulate", "--dir", str(home), *arguments]
+    command = [sys.executable, "-m", "outstation", "fleet", "simulate", "--dir", str(home), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from agent.testing.process import find_program
-from agent.wire.keys import generate
+from outstation.protocol.wire.keys import generate
+from outstation.workbench.testing.process import find_program
 from scripts.rollout_trials import trials
 from tests.end_to_end.test_demo import left_over
 from tests.end_to_end.test_simulate_fleet import simulate

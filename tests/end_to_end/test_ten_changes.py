@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent.alerts.alert import Alert
-from agent.config.sources import ReplayFault
-from agent.datasets.recordings import load
-from agent.device.intake.sources import replay
-from agent.device.intake.sources.recordings import Playlist
-from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import features, runtime, scores
-from agent.simulate.scenario import SCENARIOS
+from outstation.device.config.sources import ReplayFault
+from outstation.device.intake.sources import replay
+from outstation.device.intake.sources.recordings import Playlist
+from outstation.ml.datasets.recordings import load
+from outstation.ml.drift import DriftMonitor, DriftState, MonitorSettings, Reference
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import features, runtime, scores
+from outstation.protocol.alerts.alert import Alert
+from outstation.workbench.simulate.scenario import SCENARIOS
 
 LEARN, AFTER = 40, 12  # drift windows
 ROWS, WINDOW = 100, 20

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.device.rollout.fetch import version_floors as floors
-from agent.device.rollout.fetch.fetcher import FetchedBundle
-from agent.device.rollout.fetch.version_floors import VersionFloors
-from agent.errors import BadBundle
-from agent.model.bundle import bundle
-from agent.wire import root_metadata
-from agent.wire.desired_state import DesiredBundle
+from outstation.device.rollout.fetch import version_floors as floors
+from outstation.device.rollout.fetch.fetcher import FetchedBundle
+from outstation.device.rollout.fetch.version_floors import VersionFloors
+from outstation.foundation.errors import BadBundle
+from outstation.ml.model.bundle import bundle
+from outstation.protocol.wire import root_metadata
+from outstation.protocol.wire.desired_state import DesiredBundle
 from scripts.kit.bundles import KEY, packed
 from tests.kit.update_repositories import ARCHIVE, Signed, forged
 from tests.kit.update_servers import Handler, Trick, Web

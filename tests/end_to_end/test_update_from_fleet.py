@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import FieldConfig, StreamConfig
-from agent.device.rollout.fetch.fetcher import FetchedBundle
-from agent.fleet.repository import key_rotation as rotating
-from agent.fleet.repository import mirror as copying
-from agent.fleet.repository import revoke as revoking
-from agent.fleet.repository.publish import PublishResult
-from agent.model.bundle import bundle
-from agent.wire.desired_state import DesiredBundle
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.rollout.fetch.fetcher import FetchedBundle
+from outstation.fleet.repository import key_rotation as rotating
+from outstation.fleet.repository import mirror as copying
+from outstation.fleet.repository import revoke as revoking
+from outstation.fleet.repository.publish import PublishResult
+from outstation.ml.model.bundle import bundle
+from outstation.protocol.wire.desired_state import DesiredBundle
 from scripts.kit.bundles import KEY, TABULAR
 from tests.kit.repositories import Depot, served, version
 from tests.kit.updating import Updating

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from agent.fleet.database.store import FleetStore
+from outstation.fleet.database.store import FleetStore
 
 
 @pytest.fixture

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import UsageError
-from agent.fleet.audit import log_auditor
-from agent.fleet.audit.audit import audit, audit_from_checkpoint
-from agent.fleet.audit.checkpoint import CheckpointFolder
-from agent.fleet.audit.log_auditor import split_by_declaration
-from agent.fleet.audit.report import AuditReport
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.workers import device_ranges as workers
-from agent.testing.messages import MessageSender, SignedMessage, new_key
-from agent.wire.verification import VerifiedMessage, verify_message
+from outstation.fleet.audit import log_auditor
+from outstation.fleet.audit.audit import audit, audit_from_checkpoint
+from outstation.fleet.audit.checkpoint import CheckpointFolder
+from outstation.fleet.audit.log_auditor import split_by_declaration
+from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.workers import device_ranges as workers
+from outstation.foundation.errors import UsageError
+from outstation.protocol.wire.verification import VerifiedMessage, verify_message
+from outstation.workbench.testing.messages import MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from agent.fleet.audit.audit import audit
-from agent.fleet.audit.replay import Replay
-from agent.fleet.audit.report import AuditReport
-from agent.fleet.audit.stored_rows import StoredTables
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.projection import TABLES
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import NEW_MODEL, MessageSender, SignedMessage
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.audit.replay import Replay
+from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.stored_rows import StoredTables
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.projection import TABLES
+from outstation.fleet.database.store import FleetStore
+from outstation.workbench.testing.messages import NEW_MODEL, MessageSender, SignedMessage
 
 pytestmark = pytest.mark.attack("audit")
 

@@ -12,24 +12,24 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import config as device_config
-from agent.config import BrokerConfig
-from agent.errors import LinkDown
-from agent.fleet import config as fleet_config
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.quota import Quota
-from agent.fleet.collector.subscriptions import logged_filters, topic_filters
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_access, broker_control, collectors, pki, revocation
-from agent.fleet.enrolment.broker_access import AccessChange
-from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
-from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.messages import MessageSender
-from agent.testing.patience import TIMEOUT_S, Patience, wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire.keys import generate, load_private
+from outstation.device import config as device_config
+from outstation.fleet import config as fleet_config
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.collector.quota import Quota
+from outstation.fleet.collector.subscriptions import logged_filters, topic_filters
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment import broker_access, broker_control, collectors, pki, revocation
+from outstation.fleet.enrolment.broker_access import AccessChange
+from outstation.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
+from outstation.foundation.errors import LinkDown
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.wire.keys import generate, load_private
+from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root
+from outstation.workbench.testing.messages import MessageSender
+from outstation.workbench.testing.patience import TIMEOUT_S, Patience, wait_until
 from scripts.kit.broker_client import (
     NOT_AUTHORIZED,
     publish_all,

@@ -19,28 +19,28 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
-from agent import clock
-from agent.config import BrokerConfig
-from agent.errors import LinkDown, StorageFull
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector import collector as collect
-from agent.fleet.collector import refusal_alarm
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.quota import Quota
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift import polled_alerts
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker
-from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire import jws
-from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
-from agent.wire.messages import AckPayload
-from agent.wire.runs import MAX_RESULTS
-from agent.wire.verification import verify_message
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector import collector as collect
+from outstation.fleet.collector import refusal_alarm
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.collector.quota import Quota
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift import polled_alerts
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.foundation import clock
+from outstation.foundation.errors import LinkDown, StorageFull
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.keys import SigningKey, b64url_decode, b64url_encode
+from outstation.protocol.wire.messages import AckPayload
+from outstation.protocol.wire.runs import MAX_RESULTS
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.fleet_databases import sqlite_of
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -526,7 +526,7 @@ def test_a_collector_started_before_its_broker_waits_and_then_collects(
     assert count_attempts() == 1
 
 
-COLLECT = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "collect", "--dir"]
+COLLECT = [sys.executable, "-c", "from outstation.fleet.cli.group import fleet; fleet()", "collect", "--dir"]
 
 
 def collecting(folder: Path) -> subprocess.Popen[bytes]:

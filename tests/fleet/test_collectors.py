@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import BrokerConfig
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector import collector as collecting
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker
-from agent.testing.messages import FLEET, MessageSender
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector import collector as collecting
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.messages import FLEET, MessageSender
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit.broker_client import publish_all, receive_messages
 from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.players import Players
@@ -207,8 +207,8 @@ def test_two_collectors_of_one_name_do_not_disconnect_each_other(fleet: Fleet) -
 def test_one_collector_has_the_duty_and_another_takes_it_over(
     fleet: Fleet, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agent.fleet.collector import leader
-    from agent.fleet.database.keyring import Keyring
+    from outstation.fleet.collector import leader
+    from outstation.fleet.database.keyring import Keyring
 
     monkeypatch.setattr(leader, "LEADER_CHECK_S", 0.0)
     stores = [FleetStore(fleet.url) for _ in range(3)]

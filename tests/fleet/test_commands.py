@@ -16,19 +16,19 @@ from typing import Any
 import click
 import pytest
 
-from agent.cli.fleet import command as fleet_command
-from agent.errors import MessageRefused, UsageError
-from agent.fleet.commands import COUNTER_FILE, CommandResult, parse_arguments, reserve_counter, send
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.keyring import Keyring
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import MessageSender, new_key
-from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire import jws
-from agent.wire.jws import encode
-from agent.wire.keys import SigningKey
-from agent.wire.messages import CommandPayload
-from agent.wire.verification import verify_message
+from outstation.fleet.cli import command as fleet_command
+from outstation.fleet.commands import COUNTER_FILE, CommandResult, parse_arguments, reserve_counter, send
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.keyring import Keyring
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import MessageRefused, UsageError
+from outstation.protocol.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.jws import encode
+from outstation.protocol.wire.keys import SigningKey
+from outstation.protocol.wire.messages import CommandPayload
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.messages import MessageSender, new_key
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"
 FLEET, DEVICE = "acme", "pi-07"
@@ -180,7 +180,7 @@ def test_a_counter_file_that_is_none_is_named_and_not_guessed_over(tmp_path: Pat
 
 def test_processes_that_command_at_once_never_get_the_same_counter(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from agent.fleet.commands import reserve_counter\n"
+        "import sys; from pathlib import Path; from outstation.fleet.commands import reserve_counter\n"
         "for _ in range(20):\n"
         "    with reserve_counter(Path(sys.argv[1]), lambda: 1) as counter: print(counter)\n"
     )

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from agent.errors import StorageDamaged
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.projection import TABLES
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import NEW_MODEL, MessageSender, new_key
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.projection import TABLES
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import StorageDamaged
+from outstation.workbench.testing.messages import NEW_MODEL, MessageSender, new_key
 from scripts.fuzzing.malformed import CELLS, run_command
 from tests.kit.fleet_databases import DATABASES, allow_nulls
 

@@ -15,24 +15,24 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import clock
-from agent.cli.device.drift_plot import NEAREST, FieldScale, plot_device
-from agent.cli.fleet.drift_report import build_document
-from agent.cli.fleet.group import fleet
-from agent.comparison.tally import merge_moments
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.drift_windows import load_observed_periods
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift import survey
-from agent.fleet.drift.merge import MergedField
-from agent.fleet.drift.outliers import find_outliers
-from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
-from agent.fleet.evidence.gather.drift import build_drift
-from agent.fleet.workers import device_ranges as workers
-from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
-from agent.wire.messages import DriftPayload, Moments
-from agent.wire.verification import decode
+from outstation.evidence.gather.drift import build_drift
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.cli.drift_report import build_document
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.database.drift_windows import load_observed_periods
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift import survey
+from outstation.fleet.drift.merge import MergedField
+from outstation.fleet.drift.outliers import find_outliers
+from outstation.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
+from outstation.fleet.workers import device_ranges as workers
+from outstation.foundation import clock
+from outstation.ml.comparison.tally import merge_moments
+from outstation.ml.plots.drift_plot import NEAREST, FieldScale, plot_device
+from outstation.protocol.wire.messages import DriftPayload, Moments
+from outstation.protocol.wire.verification import decode
+from outstation.workbench.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 from tests.kit.fleet_databases import allow_nulls
 
 NOW_US = 1_795_000_000_000_000

@@ -19,27 +19,27 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from agent import clock
-from agent import config as device_config
-from agent.clock import ClockReading
-from agent.config import BrokerConfig
-from agent.errors import LinkDown, StorageBusy, UsageError
-from agent.fleet import config as fleet_config
-from agent.fleet.collector.quota import DeviceQuotas
-from agent.fleet.collector.subscriptions import topic_filters
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.evidence import EvidenceQueries
-from agent.fleet.database.keyring import Keyring
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import collectors, join_tokens, pki, revocation
-from agent.fleet.enrolment.device_files import pack_device_files
-from agent.fleet.enrolment.enrol import enrol, init_fleet
-from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.messages import MessageSender, new_key
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage, PublishReceipt
-from agent.wire import keys
-from agent.wire.verification import verify_message
+from outstation.device import config as device_config
+from outstation.fleet import config as fleet_config
+from outstation.fleet.collector.quota import DeviceQuotas
+from outstation.fleet.collector.subscriptions import topic_filters
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.evidence import EvidenceQueries
+from outstation.fleet.database.keyring import Keyring
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment import collectors, join_tokens, pki, revocation
+from outstation.fleet.enrolment.device_files import pack_device_files
+from outstation.fleet.enrolment.enrol import enrol, init_fleet
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import LinkDown, StorageBusy, UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage, PublishReceipt
+from outstation.protocol.wire import keys
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.broker import MosquittoBroker, free_port
+from outstation.workbench.testing.messages import MessageSender, new_key
 from scripts.kit.broker_client import receive_messages
 from scripts.kit.certificates import make_expired
 from tests.kit.enrolments import join, let_in, site
@@ -407,7 +407,7 @@ def test_a_replacement_with_a_locked_database_leaves_the_files_complete(
     home = let_in(config, folder, "pi-07").folder
     before = held(home)
     store = FleetStore(Path(config.fleet.db))
-    monkeypatch.setattr("agent.fleet.database.sqlite.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("outstation.fleet.database.sqlite.LOCK_WAIT_S", 0.05)
     with open(config.fleet.db + ".lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StorageBusy):

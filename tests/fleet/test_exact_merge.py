@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent import clock
-from agent.drift import DriftMonitor, MonitorSettings, Reference
-from agent.drift.baseline.learning import build_reference
-from agent.drift.reporting import parsed_message
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.merge import MergedField
-from agent.fleet.drift.survey import summarize_drift
-from agent.testing.messages import MODEL, MessageSender, SignedMessage
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift.merge import MergedField
+from outstation.fleet.drift.survey import summarize_drift
+from outstation.foundation import clock
+from outstation.ml.drift import DriftMonitor, MonitorSettings, Reference
+from outstation.ml.drift.baseline.learning import build_reference
+from outstation.ml.drift.reporting import parsed_message
+from outstation.workbench.testing.messages import MODEL, MessageSender, SignedMessage
 from tests.fleet.test_drift import NOW_US, add, devices
 
 FIELDS = ("pressure", "noise", "rare")

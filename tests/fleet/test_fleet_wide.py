@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import clock
-from agent.clock import ClockReading
-from agent.errors import MessageRefused
-from agent.fleet.database.drift_windows import load_observed_periods
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift import fleet_wide, polled_alerts
-from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
-from agent.fleet.drift.polled_alerts import POLL_INTERVAL_S, FleetWideAlerts
-from agent.testing.messages import MessageSender, SignedMessage
+from outstation.fleet.database.drift_windows import load_observed_periods
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift import fleet_wide, polled_alerts
+from outstation.fleet.drift.fleet_wide import ObservationPeriod, Onset
+from outstation.fleet.drift.polled_alerts import POLL_INTERVAL_S, FleetWideAlerts
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import MessageRefused
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
 from tests.fleet.test_drift import MINUTE_US, NOW_US, add, devices, field, filled, folder, run, seen, window
 
 __all__ = ["folder"]

@@ -1,7 +1,7 @@
 """Attack: a device with a valid key sends texts with markup, terminal escapes, formulas and reordering characters.
 
 One table of outlets: whatever shows a device's texts shows them on a line, short, and as nothing but text. Mail,
-webhook and chat are in tests/notify/test_targets.py.
+webhook and chat are in tests/integrations/notify/test_targets.py.
 """
 
 from __future__ import annotations
@@ -20,19 +20,25 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.bridge.device_state import DeviceState
-from agent.bridge.discovery import RAISED, Place, discovery_document, event_document, latest_documents
-from agent.bridge.sparkplug import list_history, list_metrics
-from agent.errors import MessageRefused, UsageError
-from agent.fleet.bridge.stored_devices import StoredDevices
-from agent.fleet.collector.quota import Quota
-from agent.fleet.collector.statistics import CollectorStatistics
-from agent.fleet.enrolment import enrol
-from agent.fleet.metrics.collector_families import build_families
-from agent.fleet.metrics.exporter import DatabaseExporter
-from agent.testing.messages import FLEET, MODEL, MessageSender
-from agent.wire.messages import ResultsPayload
-from agent.wire.verification import decode
+from outstation.fleet.bridge.stored_devices import StoredDevices
+from outstation.fleet.collector.quota import Quota
+from outstation.fleet.collector.statistics import CollectorStatistics
+from outstation.fleet.enrolment import enrol
+from outstation.fleet.metrics.collector_families import build_families
+from outstation.fleet.metrics.exporter import DatabaseExporter
+from outstation.foundation.errors import MessageRefused, UsageError
+from outstation.integrations.homeassistant.device_state import DeviceState
+from outstation.integrations.homeassistant.discovery import (
+    RAISED,
+    Place,
+    discovery_document,
+    event_document,
+    latest_documents,
+)
+from outstation.integrations.sparkplug.sparkplug import list_history, list_metrics
+from outstation.protocol.wire.messages import ResultsPayload
+from outstation.protocol.wire.verification import decode
+from outstation.workbench.testing.messages import FLEET, MODEL, MessageSender
 from scripts.grafana_dashboards import build
 from tests.kit.commands import call_outstation
 from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown

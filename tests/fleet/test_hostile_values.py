@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from agent import clock
-from agent.cli.fleet.group import fleet as commands
-from agent.clock import ClockReading
-from agent.errors import MessageRefused
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.polled_alerts import FleetWideAlerts
-from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
-from agent.testing.messages import MessageSender, new_key
-from agent.wire.jws import digest, encode
-from agent.wire.messages import HealthPayload
-from agent.wire.verification import VerifiedMessage
+from outstation.evidence.gather.deployments import ActivationCollector, parse_agent_version
+from outstation.fleet.cli.group import fleet as commands
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift.polled_alerts import FleetWideAlerts
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import MessageRefused
+from outstation.protocol.wire.jws import digest, encode
+from outstation.protocol.wire.messages import HealthPayload
+from outstation.protocol.wire.verification import VerifiedMessage
+from outstation.workbench.testing.messages import MessageSender, new_key
 from tests.kit.evidences import Story, at, build_story
 from tests.kit.fleet_databases import DATABASES, copy_database
 

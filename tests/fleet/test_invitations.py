@@ -16,21 +16,21 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from agent import clock
-from agent.bootstrap import invited
-from agent.config import BrokerConfig
-from agent.errors import LinkDown, UsageError
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_access, broker_control, invitations, join_tokens, pki
-from agent.fleet.enrolment.enrol import device_folder, init_fleet
-from agent.fleet.enrolment.registrar import MAX_REFUSED, InvitationEvent, Registrar
-from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.transport import tls
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire import enrolment_request, invitation, keys
-from agent.wire.invitation import Invitation
+from outstation.device.bootstrap import invited
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment import broker_access, broker_control, invitations, join_tokens, pki
+from outstation.fleet.enrolment.enrol import device_folder, init_fleet
+from outstation.fleet.enrolment.registrar import MAX_REFUSED, InvitationEvent, Registrar
+from outstation.foundation import clock
+from outstation.foundation.errors import LinkDown, UsageError
+from outstation.protocol.transport import tls
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.wire import enrolment_request, invitation, keys
+from outstation.protocol.wire.invitation import Invitation
+from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root
 from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, subscribe_anyway
 
 pytestmark = pytest.mark.attack("enrolment")
@@ -301,7 +301,7 @@ def forge(link: Link, topic: str) -> None:
 
 def run(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "agent", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "outstation", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

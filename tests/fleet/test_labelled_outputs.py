@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from agent.fleet.database.dashboard import history
-from agent.fleet.database.evidence import EvidenceQueries
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.labelling import candidates
-from agent.fleet.database.labelling import verdicts as verdict_tables
-from agent.fleet.database.store import FleetStore
-from agent.fleet.evidence.gather.accuracy import AccuracyCollector, select_headline
-from agent.fleet.labelling import feedback_loops, labels
-from agent.fleet.labelling.labels import LabelOutcome
-from agent.performance.labels import Label
-from agent.testing.messages import MODEL as MODEL_OF_RESULTS
-from agent.testing.messages import MessageSender, SignedMessage
-from agent.wire.messages import QualityPayload
+from outstation.evidence.gather.accuracy import AccuracyCollector, select_headline
+from outstation.fleet.database.dashboard import history
+from outstation.fleet.database.evidence import EvidenceQueries
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.labelling import candidates
+from outstation.fleet.database.labelling import verdicts as verdict_tables
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.labelling import feedback_loops, labels
+from outstation.fleet.labelling.labels import LabelOutcome
+from outstation.ml.performance.labels import Label
+from outstation.protocol.wire.messages import QualityPayload
+from outstation.workbench.testing.messages import MODEL as MODEL_OF_RESULTS
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
 from tests.kit.dashboards import enrolled
 
 NOW = "2026-11-28T12:00:00Z"

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.clock import ClockReading
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.projection import FieldMoments
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.polled_alerts import POLL_INTERVAL_S, ReferenceAlerts
-from agent.fleet.drift.reference_outliers import find_reference_outliers, student_t_quantile
-from agent.testing.messages import MessageSender, SignedMessage
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.projection import FieldMoments
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift.polled_alerts import POLL_INTERVAL_S, ReferenceAlerts
+from outstation.fleet.drift.reference_outliers import find_reference_outliers, student_t_quantile
+from outstation.foundation.clock import ClockReading
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
 from tests.fleet.test_drift import NOW_US, add, devices
 
 moments = count(1000)

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from agent.cli.fleet.group import fleet
-from agent.config import BrokerConfig
-from agent.errors import StorageBusy, StorageError, UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.maintenance import copying
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.messages import FLEET, MessageSender
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.maintenance import copying
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.foundation.errors import StorageBusy, StorageError, UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.workbench.testing.messages import FLEET, MessageSender
 from scripts.kit.postgres import PostgresServer
 
 NOW = "2026-11-24T22:20:00.000000Z"

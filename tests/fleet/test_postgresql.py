@@ -17,22 +17,22 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from agent.cli.fleet.group import fleet as commands
-from agent.config import BrokerConfig
-from agent.errors import MessageRefused, StorageError, UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector import collector as collecting
-from agent.fleet.collector.acknowledger import WAIT_S, PendingGaps
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.subscriptions import topic_filters
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.interface import display_name
-from agent.fleet.database.postgresql_rows import to_psycopg
-from agent.fleet.database.schema import MIGRATIONS
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
-from agent.testing.patience import wait_until
-from agent.wire import topics
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.cli.group import fleet as commands
+from outstation.fleet.collector import collector as collecting
+from outstation.fleet.collector.acknowledger import WAIT_S, PendingGaps
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.collector.subscriptions import topic_filters
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.interface import display_name
+from outstation.fleet.database.postgresql_rows import to_psycopg
+from outstation.fleet.database.schema import MIGRATIONS
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import MessageRefused, StorageError, UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire import topics
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from outstation.workbench.testing.patience import wait_until
 from tests.fleet.test_collector import Wire
 from tests.kit import fleet_rollouts
 from tests.kit.evidences import build_story
@@ -183,8 +183,8 @@ def test_without_its_library_the_extra_is_named_and_sqlite_works(tmp_path: Path)
     code = f"""
 import sys
 sys.modules["psycopg"] = None
-from agent.errors import UsageError
-from agent.fleet.database.store import FleetStore
+from outstation.foundation.errors import UsageError
+from outstation.fleet.database.store import FleetStore
 FleetStore({str(tmp_path / "fleet.db")!r}).close()
 try:
     FleetStore("postgresql://127.0.0.1/fleet")
@@ -379,7 +379,7 @@ def test_messages_at_another_collector_are_not_requested_at_once() -> None:
 def test_refusals_of_all_collectors_raise_one_alert_of_the_leader(
     store: FleetStore, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.fleet.collector.leader.LEADER_CHECK_S", 0.0)
+    monkeypatch.setattr("outstation.fleet.collector.leader.LEADER_CHECK_S", 0.0)
     enrolled(store)
     stranger = MessageSender(key=new_key(5))
     stores = [store, FleetStore(postgres_url)]

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from agent.errors import MessageRefused
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.projection import result_details
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
-from agent.wire.messages import ResultsPayload
-from agent.wire.runs import MAX_RESULTS
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.projection import result_details
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import MessageRefused
+from outstation.protocol.wire.messages import ResultsPayload
+from outstation.protocol.wire.runs import MAX_RESULTS
+from outstation.workbench.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from agent.fleet.database import postgresql_rows, sqlite
-from agent.fleet.database.store import FleetStore
+from outstation.fleet.database import postgresql_rows, sqlite
+from outstation.fleet.database.store import FleetStore
 from scripts.benchmarks import fleet_queries
 
 # Tables that grow with the messages.

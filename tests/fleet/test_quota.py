@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.fleet.collector.quota import REFILL_S, DeviceQuotas, Quota
+from outstation.fleet.collector.quota import REFILL_S, DeviceQuotas, Quota
 
 pytestmark = pytest.mark.attack("floods")
 

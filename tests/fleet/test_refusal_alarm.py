@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from agent.fleet.collector.refusal_alarm import ALERT_COOLDOWN_S, MAX_REFUSALS, UNENROLLED, WINDOW_S, RefusalAlarm
-from agent.fleet.database.ingest import Refusal
+from outstation.fleet.collector.refusal_alarm import ALERT_COOLDOWN_S, MAX_REFUSALS, UNENROLLED, WINDOW_S, RefusalAlarm
+from outstation.fleet.database.ingest import Refusal
 
 ENROLLED = frozenset({"pi-07", "pi-08"})
 

@@ -14,16 +14,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec.structs import replace
 
-from agent import config as device_config
-from agent.bootstrap.joining import read_enrolment
-from agent.cli import main
-from agent.config import BrokerConfig, Config
-from agent.device.machine import certificate
-from agent.errors import RowRejected, UsageError
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import device_list, pki, renewal, revocation
-from agent.fleet.enrolment.enrol import enrol, enrol_on_this_machine, init_fleet
+from outstation.__main__ import main
+from outstation.device import config as device_config
+from outstation.device.bootstrap.joining import read_enrolment
+from outstation.device.config.config import Config
+from outstation.device.machine import certificate
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment import device_list, pki, renewal, revocation
+from outstation.fleet.enrolment.enrol import enrol, enrol_on_this_machine, init_fleet
+from outstation.foundation.errors import RowRejected, UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
 from tests.kit.commands import call_outstation
 from tests.kit.enrolments import let_in
 

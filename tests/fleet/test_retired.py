@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from agent.config import BrokerConfig
-from agent.errors import UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.incidents import incidents
-from agent.fleet.incidents.incidents import IncidentFilter
-from agent.testing.messages import MessageSender, new_key
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.incidents import incidents
+from outstation.fleet.incidents.incidents import IncidentFilter
+from outstation.foundation.errors import UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.workbench.testing.messages import MessageSender, new_key
 from tests.kit.commands import call_outstation
 
 NOW = "2026-11-24T22:20:00.000000Z"

@@ -20,20 +20,20 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from agent import config as device_config
-from agent.config import BrokerConfig
-from agent.errors import LinkDown, UsageError
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_control, pki, revocation
-from agent.fleet.enrolment.device_files import CERTIFICATE, TLS_KEY
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.enrolment.revocation import revoke_device
-from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.messages import new_key
-from agent.testing.patience import wait_until
-from agent.testing.process import run_outstation
-from agent.transport.mqtt import Link
+from outstation.device import config as device_config
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment import broker_control, pki, revocation
+from outstation.fleet.enrolment.device_files import CERTIFICATE, TLS_KEY
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.enrolment.revocation import revoke_device
+from outstation.foundation.errors import LinkDown, UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.workbench.testing.broker import MosquittoBroker, free_port
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import run_outstation
 from tests.kit.commands import call_outstation
 from tests.kit.enrolments import let_in, site
 

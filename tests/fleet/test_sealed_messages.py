@@ -12,27 +12,29 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from msgspec.structs import replace
 
-from agent.bootstrap import sinks
-from agent.config import BrokerConfig, CollectorConfig, Config, DeviceConfig
-from agent.device.uplink.mqtt_sink import MqttSink
-from agent.device.uplink.sealing_sink import open_sealing_sink
-from agent.device.uplink.uplink import Uplink
-from agent.errors import ConfigError, LinkDown, MessageRefused, UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector import encryption_keys
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.encryption_keys import EncryptionKeys
-from agent.fleet.collector.quota import Quota
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.repository import trust as repository_trust
-from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
-from agent.testing.simulation.lossy_link import LossyBroker, LossyLink
-from agent.transport import sealing
-from agent.transport.packets import SEALED, IncomingMessage, OutgoingMessage, compress
-from agent.transport.sealing import Opener
-from agent.wire.keys import EncryptionKey, encryption_key_of
-from agent.wire.trust import TrustedKey
+from outstation.device.bootstrap import sinks
+from outstation.device.config.config import Config
+from outstation.device.config.device import CollectorConfig, DeviceConfig
+from outstation.device.uplink.mqtt_sink import MqttSink
+from outstation.device.uplink.sealing_sink import open_sealing_sink
+from outstation.device.uplink.uplink import Uplink
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector import encryption_keys
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.collector.encryption_keys import EncryptionKeys
+from outstation.fleet.collector.quota import Quota
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.repository import trust as repository_trust
+from outstation.foundation.errors import ConfigError, LinkDown, MessageRefused, UsageError
+from outstation.protocol.transport import sealing
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.packets import SEALED, IncomingMessage, OutgoingMessage, compress
+from outstation.protocol.transport.sealing import Opener
+from outstation.protocol.wire.keys import EncryptionKey, encryption_key_of
+from outstation.protocol.wire.trust import TrustedKey
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from outstation.workbench.testing.simulation.lossy_link import LossyBroker, LossyLink
 from tests.device.commands.test_commands import ConfirmingSession
 from tests.device.machine.test_trusted_keys import STOLEN, listed, make_root
 from tests.device.machine.test_trusted_keys import Device as TrustingDevice

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent.cli.device import results
-from agent.cli.fleet import drift_report
-from agent.device import newest
-from agent.device.intake import labels as intake
-from agent.device.pipeline import label_metrics, labelled_output
-from agent.device.store import predictions
-from agent.device.store.predictions import output_key
-from agent.fleet.dashboard.pages import device as page
-from agent.fleet.database.dashboard import results as result_statements
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.survey import summarize_drift
-from agent.fleet.labelling import labels
-from agent.performance.labels import Label
-from agent.wire.messages import QualityPayload
+from outstation.device import newest
+from outstation.device.cli.data import results
+from outstation.device.intake import labels as intake
+from outstation.device.pipeline import label_metrics, labelled_output
+from outstation.device.store import predictions
+from outstation.device.store.predictions import output_key
+from outstation.fleet.cli import drift_report
+from outstation.fleet.dashboard.pages import device as page
+from outstation.fleet.database.dashboard import results as result_statements
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.drift.survey import summarize_drift
+from outstation.fleet.labelling import labels
+from outstation.ml.performance.labels import Label
+from outstation.protocol.wire.messages import QualityPayload
 from tests.kit import multi_output_device
 from tests.kit.devices import DEVICE, NOW, Device
 

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import MessageRefused, StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.database import sqlite
-from agent.fleet.database.ingest import DEFAULT_MAX_SAMPLES, Arrival, Refusal
-from agent.fleet.database.schema import MIGRATIONS
-from agent.fleet.database.store import MAX_MISSING_RANGES, FleetStore
-from agent.testing.messages import MessageSender, SignedMessage, new_key
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.database import sqlite
+from outstation.fleet.database.ingest import DEFAULT_MAX_SAMPLES, Arrival, Refusal
+from outstation.fleet.database.schema import MIGRATIONS
+from outstation.fleet.database.store import MAX_MISSING_RANGES, FleetStore
+from outstation.foundation.errors import MessageRefused, StorageBusy, StorageError, StorageFull, UsageError
+from outstation.workbench.testing.messages import MessageSender, SignedMessage, new_key
 from tests.kit.fleet_databases import sqlite_of
 
 NOW = "2026-11-24T22:20:00.000000Z"

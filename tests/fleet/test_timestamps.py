@@ -10,12 +10,12 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from agent.errors import MessageRefused
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import MessageSender
-from agent.wire.messages import AuditPayload, ResultsPayload
-from agent.wire.verification import VerifiedMessage
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import MessageRefused
+from outstation.protocol.wire.messages import AuditPayload, ResultsPayload
+from outstation.protocol.wire.verification import VerifiedMessage
+from outstation.workbench.testing.messages import MessageSender
 from tests.kit.clocks import TRUE_START_US, Dated, Machine, Station, collect, dated
 
 S = 1_000_000

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from agent.errors import UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.database import log_succession
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import MessageSender, SignedMessage, new_key
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.database import log_succession
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import UsageError
+from outstation.workbench.testing.messages import MessageSender, SignedMessage, new_key
 
 pytestmark = pytest.mark.attack("clones")
 

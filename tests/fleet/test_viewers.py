@@ -12,18 +12,18 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent.config import BrokerConfig
-from agent.errors import LinkDown, UsageError
-from agent.fleet.config import FleetConfig, load
-from agent.fleet.enrolment import clients, collectors, enrol, pki, viewers
-from agent.fleet.enrolment.broker_control import ACCESS_FILE
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.enrolment.viewers_broker import ViewersBroker
-from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.fleet import FLEET
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
+from outstation.fleet.config import FleetConfig, load
+from outstation.fleet.enrolment import clients, collectors, enrol, pki, viewers
+from outstation.fleet.enrolment.broker_control import ACCESS_FILE
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.enrolment.viewers_broker import ViewersBroker
+from outstation.foundation.errors import LinkDown, UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root
+from outstation.workbench.testing.fleet import FLEET
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit.broker_client import (
     NOT_AUTHORIZED,
     publish_one,

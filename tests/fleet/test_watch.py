@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from agent import clock
-from agent.fleet import watch
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.keyring import Keyring
-from agent.fleet.database.store import FleetStore
-from agent.fleet.watch import FleetWatcher
-from agent.testing.messages import MessageSender, SignedMessage
+from outstation.fleet import watch
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.keyring import Keyring
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.watch import FleetWatcher
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
 
 NOW = "2026-11-24T22:20:00.000000Z"
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from agent.bootstrap.daemon import build_daemon
-from agent.bootstrap.device import load_config, open_store
-from agent.device.daemon import Daemon
-from agent.device.pipeline import tuning_cache
-from agent.device.store.rows import Rows
-from agent.model.bundle import bundle
-from agent.model.inference.tuning import Tuning
-from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.wire import keys
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.device.daemon import Daemon
+from outstation.device.pipeline import tuning_cache
+from outstation.device.store.rows import Rows
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.inference.tuning import Tuning
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
+from outstation.protocol.wire import keys
 from scripts.kit.bundles import KEY, change_manifest, packed
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 

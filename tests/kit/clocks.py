@@ -10,23 +10,24 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent import clock
-from agent.clock import ClockQuality, ClockReading
-from agent.config import Config, Duration
-from agent.device.intake.group_commit import GroupCommit
-from agent.device.machine.timekeeping import Timekeeper
-from agent.device.pipeline.batch_messages import _clock_members
-from agent.device.pipeline.columns import encode_runs, encode_times
-from agent.device.recovery.open import open_store
-from agent.device.store.clock_segments import clip_stamps
-from agent.device.store.message_log import MessageLog
-from agent.device.store.rows import RawColumns, validate_columns
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import MODEL, new_key
-from agent.wire import jws
-from agent.wire.keys import SigningKey
-from agent.wire.verification import VerifiedMessage, verify_message
+from outstation.device.config.config import Config
+from outstation.device.intake.group_commit import GroupCommit
+from outstation.device.machine.timekeeping import Timekeeper
+from outstation.device.pipeline.batch_messages import _clock_members
+from outstation.device.pipeline.columns import encode_runs, encode_times
+from outstation.device.recovery.open import open_store
+from outstation.device.store.clock_segments import clip_stamps
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.rows import RawColumns, validate_columns
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockQuality, ClockReading
+from outstation.foundation.quantities import Duration
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.keys import SigningKey
+from outstation.protocol.wire.verification import VerifiedMessage, verify_message
+from outstation.workbench.testing.messages import MODEL, new_key
 from tests.kit.stations import conf
 
 TRUE_START_US = 1_795_000_000_000_000

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from agent.testing.broker import free_port
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import ROOT
 
 WORKER = "ray::MapWorker"
@@ -64,7 +64,7 @@ class Ray:
 
     def begin(self, *arguments: object) -> subprocess.Popen[str]:
         """Start `outstation model …` as a process."""
-        command = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
+        command = [sys.executable, "-m", "outstation", "model", *map(str, arguments)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
 

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from agent.cli import main
+from outstation.__main__ import main
 
 
 def call_outstation(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,24 +14,24 @@ import msgspec
 import pytest
 from starlette.routing import Route
 
-from agent import clock
-from agent.cli.fleet.dashboard.plot import render_device_drift
-from agent.config import BrokerConfig
-from agent.fleet import config as fleet_config
-from agent.fleet.dashboard.app import create_app
-from agent.fleet.dashboard.pages.desk import OperatorDesk
-from agent.fleet.dashboard.pages.visit import Dashboard
-from agent.fleet.dashboard.security import passwords
-from agent.fleet.dashboard.security.access import AccessPolicy
-from agent.fleet.dashboard.security.guard import make_host_policy
-from agent.fleet.dashboard.server import Listener, create_server, open_socket
-from agent.fleet.database.dashboard import accounts
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
-from agent.testing.patience import TIMEOUT_S, wait_until
-from agent.wire import keys
+from outstation.fleet import config as fleet_config
+from outstation.fleet.cli.dashboard.plot import render_device_drift
+from outstation.fleet.dashboard.app import create_app
+from outstation.fleet.dashboard.pages.desk import OperatorDesk
+from outstation.fleet.dashboard.pages.visit import Dashboard
+from outstation.fleet.dashboard.security import passwords
+from outstation.fleet.dashboard.security.access import AccessPolicy
+from outstation.fleet.dashboard.security.guard import make_host_policy
+from outstation.fleet.dashboard.server import Listener, create_server, open_socket
+from outstation.fleet.database.dashboard import accounts
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.foundation import clock
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
+from outstation.workbench.testing.patience import TIMEOUT_S, wait_until
 
 PASSWORD = "correct horse battery"
 ROLES = {"vera": "viewer", "otto": "operator", "ada": "admin"}

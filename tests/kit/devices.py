@@ -12,26 +12,26 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent import config
-from agent.clock import ClockReading
-from agent.device.pipeline import batch, drift_state
-from agent.device.pipeline.batch import BatchResult
-from agent.device.pipeline.joined_streams import JoinedStream
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.recovery.open import open_store
-from agent.device.rules import compiler
-from agent.device.store.message_log import MessageLog
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.drift.monitor import DriftMonitor
-from agent.drift.monitor_settings import MonitorSettings
-from agent.model.activation import LoadedBundle
-from agent.model.inference import scores
-from agent.testing.messages import new_key
-from agent.wire import jws
-from agent.wire.log_chain import digest
-from agent.wire.messages import ResultColumns, ResultsPayload
-from agent.wire.verification import VerifiedMessage, verify_message
+from outstation.device import config
+from outstation.device.pipeline import batch, drift_state
+from outstation.device.pipeline.batch import BatchResult
+from outstation.device.pipeline.joined_streams import JoinedStream
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.recovery.open import open_store
+from outstation.device.rules import compiler
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation.clock import ClockReading
+from outstation.ml.drift.monitor import DriftMonitor
+from outstation.ml.drift.monitor_settings import MonitorSettings
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.inference import scores
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.log_chain import digest
+from outstation.protocol.wire.messages import ResultColumns, ResultsPayload
+from outstation.protocol.wire.verification import VerifiedMessage, verify_message
+from outstation.workbench.testing.messages import new_key
 from scripts.kit.bundles import Recipe
 
 DEVICE = new_key(1)

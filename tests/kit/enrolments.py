@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import Enrolment, enrol
-from agent.wire import enrolment_request, keys
-from agent.wire.enrolment_request import EnrolmentRequest
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import Enrolment, enrol
+from outstation.protocol.wire import enrolment_request, keys
+from outstation.protocol.wire.enrolment_request import EnrolmentRequest
 
 
 def site(folder: Path, device: str) -> Path:

@@ -10,14 +10,14 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.evaluation import evaluate
-from agent.evaluation.context import EvaluationRequest
-from agent.evaluation.document import CheckResult, Evaluation
-from agent.indices import repeat
-from agent.model.bundle import builtin
-from agent.model.bundle import bundle as bundles
-from agent.model.inference import runtime
-from agent.model.inference.inference import Inference
+from outstation.foundation.indices import repeat
+from outstation.ml.model.bundle import builtin
+from outstation.ml.model.bundle import bundle as bundles
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.inference.inference import Inference
+from outstation.workbench.evaluation import evaluate
+from outstation.workbench.evaluation.context import EvaluationRequest
+from outstation.workbench.evaluation.document import CheckResult, Evaluation
 from scripts.kit.bundles import npz
 
 

@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from agent import clock
-from agent.config import BrokerConfig
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.evidence.make import EvidenceFolder, EvidenceSources, write_folder
-from agent.fleet.repository import publish as publishing
-from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.actions import RolloutOperator
-from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
-from agent.fleet.rollout.promotion import StepVerdict
-from agent.model.bundle import builtin
-from agent.testing.messages import FLEET, NEW_MODEL, MessageSender, SignedMessage, new_key
-from agent.wire import key_rotation, keys
-from agent.wire.desired_state import CanaryRules
-from agent.wire.keys import SigningKey
+from outstation.evidence.make import EvidenceFolder, EvidenceSources, write_folder
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.repository import publish as publishing
+from outstation.fleet.rollout import actions, journal
+from outstation.fleet.rollout.actions import RolloutOperator
+from outstation.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
+from outstation.fleet.rollout.promotion import StepVerdict
+from outstation.foundation import clock
+from outstation.ml.model.bundle import builtin
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire import key_rotation, keys
+from outstation.protocol.wire.desired_state import CanaryRules
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.testing.messages import FLEET, NEW_MODEL, MessageSender, SignedMessage, new_key
 from scripts.kit.bundles import KEY, change_manifest
 from tests.kit.repositories import Depot
 
@@ -89,7 +89,7 @@ class Story:
 
 
 def shipped_digest() -> str:
-    from agent.model.bundle import bundle
+    from outstation.ml.model.bundle import bundle
 
     return bundle.read(EXERCISE, None).digest
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.fleet.database.sqlite import SqliteDatabase
-from agent.fleet.database.store import FleetStore
+from outstation.fleet.database.sqlite import SqliteDatabase
+from outstation.fleet.database.store import FleetStore
 
 # Values of `request.param` for `fresh_in`.
 DATABASES = ("sqlite", "postgresql")

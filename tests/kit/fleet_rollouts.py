@@ -8,21 +8,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import clock
-from agent.errors import LinkDown, StorageError
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database import rollouts
-from agent.fleet.database.store import FleetStore
-from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.actions import RolloutOperator
-from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
-from agent.fleet.rollout.publisher import RolloutPublisher
-from agent.fleet.rollout.status import RolloutSnapshot, load_snapshot
-from agent.testing.messages import FLEET, MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire.desired_state import CanaryRules
-from agent.wire.keys import SigningKey
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database import rollouts
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.rollout import actions, journal
+from outstation.fleet.rollout.actions import RolloutOperator
+from outstation.fleet.rollout.journal import Rollout
+from outstation.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
+from outstation.fleet.rollout.publisher import RolloutPublisher
+from outstation.fleet.rollout.status import RolloutSnapshot, load_snapshot
+from outstation.foundation import clock
+from outstation.foundation.errors import LinkDown, StorageError
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.protocol.wire.desired_state import CanaryRules
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.testing.messages import FLEET, MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
 
 OPERATOR = new_key(77)
 NOW_US = 1_795_000_000_000_000

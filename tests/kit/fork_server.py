@@ -31,21 +31,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import agent
-from agent.errors import UsageError
+import outstation
+from outstation.foundation.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("agent.model.sandbox.worker", "agent.model.sandbox.probe", "agent.evaluation.latency",
-           "agent.device.rollout.fetch.worker", "agent.device.intake.decode_worker")  # fmt: skip
+MODULES = (
+    "outstation.ml.model.sandbox.worker",
+    "outstation.ml.model.sandbox.probe",
+    "outstation.workbench.evaluation.latency",
+    "outstation.device.rollout.fetch.worker",
+    "outstation.device.intake.decode_worker",
+)
 # Tests replace that of `sys`.
 _PYTHON = sys.executable
 # These run code when they are imported, or are no modules of Python.
-_NOT_IMPORTED = {"agent.__main__", "agent.kernel.kernel"}
+_NOT_IMPORTED = {"outstation.__main__", "outstation.ml.kernel.kernel"}
 # An interpreter reads these variables before its first module, and so does the C library.
 _READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "FAKETIME")
 # Commands that start processes of `MODULES` or of the program.
 _STARTS = {"run", "batch", "check", "demo", "ingest", "model", "simulate"}
-_IMPORTS_AGENT = re.compile(r"^\s*(from|import) agent\b", re.MULTILINE)
+_IMPORTS_AGENT = re.compile(r"^\s*(from|import) outstation\b", re.MULTILINE)
 _PR_SET_CHILD_SUBREAPER = 36
 # The process that asks may have ended.
 _PATIENCE_S = 30.0
@@ -90,7 +95,7 @@ class ForkServer:
             path = self._environment.get("PYTHONPATH")
             return words[3] in MODULES and given.get("PYTHONPATH", path) == path
         words = _drop_safe_path(words)
-        known = words[1:3] in (["-m", "agent"], ["-m", "scripts.faults.launch"]) or (
+        known = words[1:3] in (["-m", "outstation"], ["-m", "scripts.faults.launch"]) or (
             # A fork has imported everything.
             words[1] == "-c" and _IMPORTS_AGENT.search(words[2]) is not None and "sys.modules" not in words[2]
         )
@@ -190,7 +195,7 @@ def install() -> None:
 
 
 def main() -> None:
-    for module in pkgutil.walk_packages(agent.__path__, "agent."):
+    for module in pkgutil.walk_packages(outstation.__path__, "outstation."):
         # Extras may be missing.
         with contextlib.suppress(ImportError, UsageError):
             if module.name not in _NOT_IMPORTED:

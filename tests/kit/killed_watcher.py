@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import ROOT
 
 

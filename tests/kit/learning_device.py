@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from agent.bootstrap.device import load_config
+from outstation.device.bootstrap.device import load_config
 from tests.kit.commands import call_outstation
 
 _CONFIG = """

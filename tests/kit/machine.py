@@ -13,12 +13,12 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
-from agent.drift.baseline import summary, window_statistics
-from agent.drift.baseline.learning import build_reference, with_score_accuracy
-from agent.drift.baseline.runs import Tail
-from agent.drift.baseline.summary import Summary
-from agent.indices import repeat
+from outstation.foundation.indices import repeat
+from outstation.ml.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from outstation.ml.drift.baseline import summary, window_statistics
+from outstation.ml.drift.baseline.learning import build_reference, with_score_accuracy
+from outstation.ml.drift.baseline.runs import Tail
+from outstation.ml.drift.baseline.summary import Summary
 
 FIELDS = ("x", "y", "z")
 LABELS = ("idle", "walk", "run")

@@ -9,17 +9,17 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent import config
-from agent.authoring import error_training, pack
-from agent.config import AlertRuleConfig
-from agent.device.pipeline.joined_streams import JoinedStream
-from agent.device.store.rows import Rows
-from agent.drift.baseline import window_statistics
-from agent.model import activation
-from agent.model.activation import LoadedBundle
-from agent.model.bundle import bundle
-from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime
+from outstation.device import config
+from outstation.device.config.alert_rules import AlertRuleConfig
+from outstation.device.pipeline.joined_streams import JoinedStream
+from outstation.device.store.rows import Rows
+from outstation.ml.drift.baseline import window_statistics
+from outstation.ml.model import activation
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.inference import runtime
+from outstation.workbench.authoring import error_training, pack
 from scripts.kit.bundles import KEY, WINDOWED, Recipe, waves, write_csv, write_joined_spec
 from tests.kit.devices import T0, Device
 

@@ -10,22 +10,22 @@ from typing import Any
 
 import msgspec
 
-from agent import clock
-from agent.clock import ClockReading
-from agent.device.commands.executor import Action, CommandExecutor, SignerAction
-from agent.device.commands.receiver import CommandReceiver
-from agent.device.machine.trusted_keys import TrustedKeys
-from agent.device.pipeline.tasks import Effect
-from agent.device.recovery.open import open_store
-from agent.device.store.command_log import CommandAnswer
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.errors import MessageRefused
-from agent.testing.messages import new_key
-from agent.transport.packets import IncomingMessage
-from agent.wire import jws
-from agent.wire.jws import Signer, encode
-from agent.wire.keys import SigningKey
+from outstation.device.commands.executor import Action, CommandExecutor, SignerAction
+from outstation.device.commands.receiver import CommandReceiver
+from outstation.device.machine.trusted_keys import TrustedKeys
+from outstation.device.pipeline.tasks import Effect
+from outstation.device.recovery.open import open_store
+from outstation.device.store.command_log import CommandAnswer
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import MessageRefused
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.jws import Signer, encode
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.testing.messages import new_key
 
 FLEET, DEVICE = "acme", "pi-07"
 TOPIC = f"outstation/{FLEET}/{DEVICE}/cmd"

@@ -7,10 +7,10 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 
-from agent.config import BrokerConfig
-from agent.testing.messages import FLEET, MessageSender, SignedMessage
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage
 
 # Messages of one device per turn.
 _AT_ONCE = 10

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.fleet.evidence.format import manifest
-from agent.fleet.evidence.verify.reader import VerificationReport
-from agent.fleet.evidence.verify.verify import verify
-from agent.wire.keys import PublicKey, SigningKey
+from outstation.evidence.format import manifest
+from outstation.evidence.verify.reader import VerificationReport
+from outstation.evidence.verify.verify import verify
+from outstation.protocol.wire.keys import PublicKey, SigningKey
 
 # The key of the folder's operator, to sign altered folders as a dishonest operator could.
 OPERATOR: dict[str, SigningKey] = {}

@@ -14,9 +14,9 @@ from typing import Any
 
 from tuf.ngclient import Updater
 
-from agent.fleet.repository import create, publish
-from agent.fleet.repository.layout import Layout
-from agent.fleet.repository.publish import PublishResult
+from outstation.fleet.repository import create, publish
+from outstation.fleet.repository.layout import Layout
+from outstation.fleet.repository.publish import PublishResult
 from scripts.kit import bundles
 from scripts.kit.bundles import KEY
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.wire.desired_state import DesiredBundle
+from outstation.protocol.wire.desired_state import DesiredBundle
 from scripts.kit.bundles import packed
 from tests.kit.repositories import Client, Depot, served
 from tests.kit.update_repositories import ARCHIVE, Signed

@@ -13,23 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from agent.bootstrap.daemon import build_daemon
-from agent.bootstrap.device import load_config, open_store
-from agent.clock import ClockReading
-from agent.device.bundles.rollout_state import RolloutState, load_state
-from agent.device.daemon import Daemon
-from agent.device.pipeline import tuning_cache
-from agent.device.rollout.desired_state import DesiredStateStore
-from agent.device.store.rows import Rows
-from agent.model.bundle import bundle, golden_vectors
-from agent.model.inference import runtime
-from agent.model.inference.runtime_name import runtime_name
-from agent.model.sandbox import probe
-from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.testing.patience import Patience
-from agent.transport.packets import IncomingMessage
-from agent.wire import jws
-from agent.wire.jws import encode
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.device.bundles.rollout_state import RolloutState, load_state
+from outstation.device.daemon import Daemon
+from outstation.device.pipeline import tuning_cache
+from outstation.device.rollout.desired_state import DesiredStateStore
+from outstation.device.store.rows import Rows
+from outstation.foundation.clock import ClockReading
+from outstation.ml.model.bundle import bundle, golden_vectors
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.inference.runtime_name import runtime_name
+from outstation.ml.model.sandbox import probe
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.jws import encode
+from outstation.workbench.testing.patience import Patience
 from scripts.kit.bundles import Floats, change_manifest, model, readings
 from tests.kit.bundle_devices import T0, Device, version, versions
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator

@@ -1,4 +1,4 @@
-"""Device whose owner consents to send readings, see `agent.device.samples`."""
+"""Device whose owner consents to send readings, see `outstation.device.samples`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from msgspec.structs import replace
 
-from agent.clock import ClockReading
-from agent.config import AlertRuleConfig, SamplesConfig
-from agent.device.samples import budget
-from agent.device.samples.sampler import Sampler
-from agent.device.samples.selection import SampledTask
-from agent.wire.keys import EncryptionKey, encryption_key_of
-from agent.wire.messages import SamplesPayload
+from outstation.device.config.alert_rules import AlertRuleConfig
+from outstation.device.config.samples import SamplesConfig
+from outstation.device.samples import budget
+from outstation.device.samples.sampler import Sampler
+from outstation.device.samples.selection import SampledTask
+from outstation.foundation.clock import ClockReading
+from outstation.protocol.wire.keys import EncryptionKey, encryption_key_of
+from outstation.protocol.wire.messages import SamplesPayload
 from scripts.kit.bundles import CENTRES
 from tests.kit.devices import NOW, Device
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from agent.clock import ClockReading
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.rollout.shadow import ShadowRunner
-from agent.model.activation import LoadedBundle
-from agent.model.bundle.bundle import Bundle
-from agent.model.inference.inference import InferenceResult
-from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.testing.patience import wait_until
-from agent.wire.messages import ShadowPayload
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.rollout.shadow import ShadowRunner
+from outstation.foundation.clock import ClockReading
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.inference.inference import InferenceResult
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
+from outstation.protocol.wire.messages import ShadowPayload
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit.bundles import Recipe
 from tests.kit.devices import NOW, Device
 

@@ -11,15 +11,17 @@ from typing import Any
 
 import msgspec
 
-from agent import clock, config
-from agent.config import Config, FieldConfig, StreamConfig
-from agent.device.intake.server import Intake
-from agent.device.intake.source import Source
-from agent.device.recovery.open import open_store
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.performance.labels import LabelTarget
-from agent.testing.process import ManagedProcess
+from outstation.device import config
+from outstation.device.config.config import Config
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.server import Intake
+from outstation.device.intake.source import Source
+from outstation.device.recovery.open import open_store
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.ml.performance.labels import LabelTarget
+from outstation.workbench.testing.process import ManagedProcess
 
 ROOT = Path(__file__).parents[2]
 WATCH = StreamConfig(
@@ -144,7 +146,7 @@ def rows_of(store: Store, stream: str, definition: StreamConfig) -> Rows:
 _PROGRAM = """\
 import signal, sys, threading
 from pathlib import Path
-from agent import config
+from outstation.device import config
 from tests.kit.stations import Station, conf
 
 with Station(conf(Path(sys.argv[1]), float(sys.argv[2]))) as station:

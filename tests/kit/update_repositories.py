@@ -23,9 +23,9 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
-from agent import __version__
-from agent.model.inference.runtime_name import runtime_name
-from agent.wire.desired_state import DesiredBundle
+from outstation import __version__
+from outstation.ml.model.inference.runtime_name import runtime_name
+from outstation.protocol.wire.desired_state import DesiredBundle
 
 DAYS = {"root": 3650, "targets": 365, "snapshot": 30, "timestamp": 14}
 FIELDS = ["ax", "ay"]

@@ -10,15 +10,19 @@ from typing import Any
 
 import msgspec
 
-from agent import clock, config
-from agent.clock import ClockReading
-from agent.config import Config, StreamConfig, TaskConfig, UpdatesConfig
-from agent.device.recovery.open import open_store
-from agent.device.rollout.fetch import version_floors as floors
-from agent.device.rollout.fetch.fetcher import WORKER_COMMAND, FetchedBundle, Fetcher, FetchFailure
-from agent.device.rollout.fetch.version_floors import VersionFloors
-from agent.testing.patience import wait_until
-from agent.wire.desired_state import DesiredBundle
+from outstation.device import config
+from outstation.device.config.config import Config
+from outstation.device.config.streams import StreamConfig
+from outstation.device.config.tasks import TaskConfig
+from outstation.device.config.updates import UpdatesConfig
+from outstation.device.recovery.open import open_store
+from outstation.device.rollout.fetch import version_floors as floors
+from outstation.device.rollout.fetch.fetcher import WORKER_COMMAND, FetchedBundle, Fetcher, FetchFailure
+from outstation.device.rollout.fetch.version_floors import VersionFloors
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.protocol.wire.desired_state import DesiredBundle
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import STREAMS
 
 # The child has the lowest priority, and other tests run in parallel.

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from agent.authoring import error_training
+from outstation.workbench.authoring import error_training
 from scripts.benchmarks import Rates, Report, Result, Section, alarms, catalogue, expected_error, page, rates
 from scripts.benchmarks.__main__ import document, main
 from scripts.benchmarks.cost_curve import Point, render_chart

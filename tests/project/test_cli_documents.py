@@ -49,6 +49,6 @@ def test_completion_asks_the_program(shell: str) -> None:
 def test_words_are_completed() -> None:
     variables = {"_OUTSTATION_COMPLETE": "bash_complete", "COMP_WORDS": "outstation fleet enr", "COMP_CWORD": "2"}
     done = subprocess.run(
-        [sys.executable, "-m", "agent"], env=os.environ | variables, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "outstation"], env=os.environ | variables, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["plain,enrol", "plain,enrol-list"]

@@ -9,9 +9,9 @@ from typing import get_type_hints
 import msgspec
 import pytest
 
-from agent import config
-from agent.fleet import config as fleet_config
-from agent.quantities import decode_quantity
+from outstation.device import config
+from outstation.fleet import config as fleet_config
+from outstation.foundation.quantities import decode_quantity
 from scripts import config_documents
 from scripts.config_documents import Part
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import BrokerConfig
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker, free_port
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.workbench.testing.broker import MosquittoBroker, free_port
 from scripts import lock
 from tests.kit.marks import root_only
 

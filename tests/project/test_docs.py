@@ -50,7 +50,7 @@ def test_every_test_that_a_document_names_is_there() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_name_that_a_document_places_in_a_module_is_there(document: Path) -> None:
-    """Check references such as: `DETECTORS` in `agent/drift/detectors/registry.py`."""
+    """Check references such as: `DETECTORS` in `agent/outstation/ml/drift/detectors/registry.py`."""
     placed = PLACED_NAME.findall(document.read_text(encoding="utf-8"))
     missing = [
         f"{name} in {module}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.render.html import SCROLL_ATTRIBUTES, SCROLL_SHADOWS
+from outstation.foundation.render.html import SCROLL_ATTRIBUTES, SCROLL_SHADOWS
 from scripts import docs_site
 from scripts.docs_site import Page
 

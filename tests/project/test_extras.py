@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.extras import find_extra, install_command
+from outstation.foundation.extras import find_extra, install_command
 
 
 def test_pip_adds_an_extra_to_an_environment_of_ones_own() -> None:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import BrokerConfig
-from agent.errors import LinkDown
-from agent.testing.broker import MosquittoBroker
-from agent.testing.patience import TIMEOUT_S
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage, PublishReceipt
+from outstation.foundation.errors import LinkDown
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage, PublishReceipt
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.patience import TIMEOUT_S
 from scripts.faults import proxy
 from scripts.faults.proxy import Packet, Proxy
 

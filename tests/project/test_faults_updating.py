@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agent.testing.patience import wait_until
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults import launch
 from scripts.faults.on_update import _STEPS
 from scripts.faults.updating import OTHER, TASK, _allowed_bundles_after
@@ -63,7 +63,7 @@ def test_activations_of_another_task_change_nothing() -> None:
 
 def test_the_daemon_calls_every_step_at_which_a_fault_kills_it_so_that_the_fault_sees_it() -> None:
     """The launcher replaces an attribute of a module or class: a caller that imported the function keeps the old."""
-    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "agent").rglob("*.py")}
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "agent" / "outstation").rglob("*.py")}
     for _, target in _STEPS.values():
         owner, name, step = launch.resolve_target(target)
         assert callable(step), target

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.model.inference import tuning
+from outstation.ml.model.inference import tuning
 from scripts.fuzzing.mutate import mutated
 from scripts.kit.bundles import change_manifest, model
 from tests.kit.bundle_devices import Device, versions

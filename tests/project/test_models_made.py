@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.datasets import training_data
-from agent.evaluation import evaluate, leakage
-from agent.evaluation.context import EvaluationRequest
-from agent.evaluation.document import Evaluation
-from agent.media import SoundFormat
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import derived_features, inference, runtime, sound
+from outstation.foundation.media import SoundFormat
+from outstation.ml.datasets import training_data
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import derived_features, inference, runtime, sound
+from outstation.workbench.evaluation import evaluate, leakage
+from outstation.workbench.evaluation.context import EvaluationRequest
+from outstation.workbench.evaluation.document import Evaluation
 from tests.kit.evaluations import check_result
 from tests.kit.tensorflow_python import find_tensorflow
 

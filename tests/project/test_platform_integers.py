@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-INDICES = ROOT / "agent" / "indices.py"
+INDICES = ROOT / "agent/outstation/foundation/indices.py"
 # numpy casts their indices or counts to np.intp by the rule "safe".
 SAFE_CASTS = {"repeat", "bincount", "take", "put", "choose"}
 OF_ARRAYS = {"repeat", "take", "reduceat"}
@@ -41,7 +41,7 @@ def _calls(node: ast.Call) -> Iterator[tuple[int, str]]:
     name, numpy = node.func.attr, _of_numpy(node.func)
     of_array = name in OF_ARRAYS and not (isinstance(node.func.value, ast.Name) and node.func.value.id == "itertools")
     if (name in SAFE_CASTS and numpy) or of_array:
-        yield node.lineno, f"{name} raises TypeError for int64 there: agent/indices.py"
+        yield node.lineno, f"{name} raises TypeError for int64 there: agent/outstation/foundation/indices.py"
     place = {"astype": 0, "zeros": 1, "ones": 1, "empty": 1, "array": 1, "asarray": 1, "full": 2}.get(name)
     if place is not None and len(node.args) > place:
         kind = node.args[place]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from agent.fleet.rollout import plan
-from agent.model.bundle import bundle
-from agent.model.sandbox import probe
-from agent.wire.keys import generate
+from outstation.fleet.rollout import plan
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.sandbox import probe
+from outstation.protocol.wire.keys import generate
 from scripts.rollout_trials import trials
 from scripts.rollout_trials.trials import TRIALS, Trial, problems
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from agent.config import BrokerConfig
-from agent.testing.broker import MosquittoBroker
-from agent.testing.fleet import LocalFleet
-from agent.testing.messages import MessageSender
-from agent.testing.patience import wait_until
-from agent.testing.process import MissingProgram, find_program
-from agent.testing.simulation.lossy_link import LossyBroker
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.messages import MessageSender
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import MissingProgram, find_program
+from outstation.workbench.testing.simulation.lossy_link import LossyBroker
 
 
 def test_a_broker_carries_a_message(outstation_broker: MosquittoBroker) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.device.machine import secret_file
-from agent.fleet.database.ingest import Arrival
-from agent.testing.messages import TIME, MessageSender, SignedMessage
-from agent.testing.patience import wait_until
-from agent.wire.keys import load_private
+from outstation.device.machine import secret_file
+from outstation.fleet.database.ingest import Arrival
+from outstation.protocol.wire.keys import load_private
+from outstation.workbench.testing.messages import TIME, MessageSender, SignedMessage
+from outstation.workbench.testing.patience import wait_until
 from scripts import faults
 from scripts.faults import Fault
 from scripts.faults import __main__ as torture

@@ -29,7 +29,7 @@ def to_command(script: Path) -> list[str]:
     if module is not None:
         return [sys.executable, "-m", *module[1].split()]
     assert 'exec "$venv/bin/outstation" demo "$@"' in text, f"{script}: answer --help"
-    return [sys.executable, "-m", "agent", "demo"]
+    return [sys.executable, "-m", "outstation", "demo"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -14,15 +14,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.config import BrokerConfig
-from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet, field_tables
-from agent.testing.messages import MessageSender
-from agent.testing.patience import wait_until
-from agent.testing.process import find_program
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
-from agent.wire.jws import digest
-from agent.wire.topics import KINDS
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire.jws import digest
+from outstation.protocol.wire.topics import KINDS
+from outstation.workbench.testing.fleet import FIELDS, RECORDINGS, LocalFleet, field_tables
+from outstation.workbench.testing.messages import MessageSender
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import find_program
 from scripts import wire_documents
 from scripts.kit.steps import CACHE
 from tests.kit.commands import call_outstation

@@ -1,3 +1,3 @@
 """Fixtures of the test kit for this folder's tests."""
 
-pytest_plugins = ["agent.testing.fixtures"]
+pytest_plugins = ["outstation.workbench.testing.fixtures"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from service_list import Visit, plan_visits
 
-from agent.model.bundle import builtin
+from outstation.ml.model.bundle import builtin
 
 HERE = Path(__file__).parent
 RECORDINGS = {"watch": builtin.recordings_dir() / "exercise.npz"}

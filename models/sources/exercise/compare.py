@@ -16,11 +16,11 @@ from typing import Any
 import show_small
 from pace import HELD_OUT, Pace, loaded, measure
 
-from agent.evaluation import evaluate
-from agent.evaluation.document import Evaluation, IntervalEstimate
-from agent.model.bundle import builtin, bundle
-from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime, tuning
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.inference import runtime, tuning
+from outstation.workbench.evaluation import evaluate
+from outstation.workbench.evaluation.document import Evaluation, IntervalEstimate
 
 HERE = Path(__file__).parent
 SEEDS = HERE / "small_seeds.json"

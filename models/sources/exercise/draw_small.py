@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from agent.render import axes
-from agent.render.svg import Drawing
-from agent.render.theme import PAGE_THEME, adaptive_css
+from outstation.foundation.render import axes
+from outstation.foundation.render.svg import Drawing
+from outstation.foundation.render.theme import PAGE_THEME, adaptive_css
 
 WIDTH = 1000.0
 MARGIN, NAME_W, GAP, VALUE_W = 24.0, 172.0, 26.0, 54.0

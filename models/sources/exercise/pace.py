@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.evaluation import examples
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import derived_features, features, inference, runtime, tuning
-from agent.model.inference.features import WindowCut
-from agent.model.inference.inference import Inference
-from agent.model.sandbox.autotune import BATCH_SIZES
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import derived_features, features, inference, runtime, tuning
+from outstation.ml.model.inference.features import WindowCut
+from outstation.ml.model.inference.inference import Inference
+from outstation.ml.model.sandbox.autotune import BATCH_SIZES
+from outstation.workbench.evaluation import examples
 
 HELD_OUT = builtin.recordings_dir() / "exercise.npz"
 ROUNDS = 15

@@ -50,8 +50,8 @@ def windows(path: Path) -> NDArray[np.float32]:
 def take(machine: int, number: int, fault: str = "none", severity: float = 1.0) -> Take:
     import sounds
 
-    from agent.media import SoundFormat
-    from agent.model.inference import sound
+    from outstation.foundation.media import SoundFormat
+    from outstation.ml.model.inference import sound
 
     heard = SoundFormat(**tomllib.loads(SPEC.read_text(encoding="utf-8"))["input"]["sound"])
     return Take(

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import DriftWindowResult
+from outstation.ml.drift import DriftWindowResult
 
 Flags = NDArray[np.bool_]  # (windows, subjects)
 

@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.authoring import calibration
-from agent.datasets.recordings import load
-from agent.datasets.training_data import TrainingData
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import runtime
-from agent.simulate.scenario import SCENARIOS
+from outstation.ml.datasets.recordings import load
+from outstation.ml.datasets.training_data import TrainingData
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import runtime
+from outstation.workbench.authoring import calibration
+from outstation.workbench.simulate.scenario import SCENARIOS
 
 SEEDS, WINDOWS, ROWS = 5, 40, 500
 HELD_OUT = (1_000, 10_000)

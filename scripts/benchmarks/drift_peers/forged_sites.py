@@ -10,18 +10,18 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, MonitorSettings, Reference
-from agent.drift.baseline import window_statistics
-from agent.drift.baseline.learning import build_reference
-from agent.evaluation.adversarial import noise, patches
-from agent.evaluation.adversarial.target import SensorLimits, Target
-from agent.model.bundle import builtin, bundle
-from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.manifest import Manifest, ModelInput, ModelOutput, WindowSpec
-from agent.model.inference import runtime
-from agent.model.inference.features import WindowCut
-from agent.model.inference.inference import Inference, InferenceResult
+from outstation.ml.drift import DriftMonitor, DriftState, MonitorSettings, Reference
+from outstation.ml.drift.baseline import window_statistics
+from outstation.ml.drift.baseline.learning import build_reference
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.bundle.manifest import Manifest, ModelInput, ModelOutput, WindowSpec
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.inference.features import WindowCut
+from outstation.ml.model.inference.inference import Inference, InferenceResult
+from outstation.protocol.alerts.alert import Alert
+from outstation.workbench.evaluation.adversarial import noise, patches
+from outstation.workbench.evaluation.adversarial.target import SensorLimits, Target
 from scripts.kit.bundles import THIRD_PARTY
 
 LEARN = 60  # drift windows that are offered at once while a site learns

@@ -43,7 +43,7 @@ def main() -> None:
     batches = [table[at : at + batch] for table in tables for at in range(0, len(table), batch)]
     features = [np.ascontiguousarray(table[:, :FIELDS]) for table in batches]
     before = status("VmRSS")
-    from agent.drift import DriftMonitor, MonitorSettings, Reference
+    from outstation.ml.drift import DriftMonitor, MonitorSettings, Reference
     from scripts.benchmarks.drift_peers import ours
 
     imported = status("VmRSS") - before

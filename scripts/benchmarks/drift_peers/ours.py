@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings
-from agent.drift.baseline.learning import build_reference
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
+from outstation.ml.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings
+from outstation.ml.drift.baseline.learning import build_reference
+from outstation.ml.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers import synthetic
 from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
 from scripts.benchmarks.drift_peers.synthetic import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table

@@ -14,14 +14,14 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.alerts.alert import Alert
-from agent.datasets.recordings import Recordings, load
-from agent.device.intake.sources.recordings import Playlist, PlaylistItem
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
-from agent.model.bundle import builtin, bundle
-from agent.model.inference import features, runtime, scores
-from agent.simulate.scenario import SCENARIOS
+from outstation.device.intake.sources.recordings import Playlist, PlaylistItem
+from outstation.ml.datasets.recordings import Recordings, load
+from outstation.ml.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
+from outstation.ml.drift.detectors.detector import JOINT, OUTPUT, SCORE
+from outstation.ml.model.bundle import builtin, bundle
+from outstation.ml.model.inference import features, runtime, scores
+from outstation.protocol.alerts.alert import Alert
+from outstation.workbench.simulate.scenario import SCENARIOS
 from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
 
 PEOPLE = (8, 9, 10)

@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, MonitorSettings
-from agent.drift.baseline.learning import build_reference
+from outstation.ml.drift import DriftMonitor, DriftState, MonitorSettings
+from outstation.ml.drift.baseline.learning import build_reference
+from outstation.protocol.alerts.alert import Alert
 
 Floats = NDArray[np.float64]
 EVERY_US = 1_000_000

@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
-from agent.drift.baseline.learning import build_reference
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
+from outstation.ml.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings, Reference
+from outstation.ml.drift.baseline.learning import build_reference
+from outstation.ml.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers.counting import Row, raised
 
 SEEDS = 12

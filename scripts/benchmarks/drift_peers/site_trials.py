@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.alerts.alert import Alert
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings
-from agent.drift.baseline.learning import build_reference
+from outstation.ml.drift import DriftMonitor, DriftState, DriftWindowResult, MonitorSettings
+from outstation.ml.drift.baseline.learning import build_reference
+from outstation.protocol.alerts.alert import Alert
 from scripts.benchmarks.drift_peers.populations import WINDOWS_PER_DAY, Clock, Population, Whole
 from scripts.benchmarks.drift_peers.synthetic import Floats
 

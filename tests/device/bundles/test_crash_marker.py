@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from agent import clock
-from agent.device.bundles.quarantine import FILE, CrashMarker
+from outstation.device.bundles.quarantine import FILE, CrashMarker
+from outstation.foundation import clock
 
 _DIES = """\
 import os, sys
 from pathlib import Path
-from agent.device.bundles.quarantine import CrashMarker
+from outstation.device.bundles.quarantine import CrashMarker
 
 with CrashMarker(Path(sys.argv[1])).guard_run("sort", "sha256:bad"):
     os.kill(os.getpid(), int(sys.argv[2]))

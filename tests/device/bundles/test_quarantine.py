@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from agent.bootstrap import tasks
-from agent.bootstrap.device import open_message_log, open_store
-from agent.device.bundles import history, overrides
-from agent.device.bundles.quarantine import CrashMarker, CrashRecord
-from agent.device.store import task_keys
-from agent.model.inference import runtime
-from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.testing.patience import wait_until
+from outstation.device.bootstrap import tasks
+from outstation.device.bootstrap.device import open_message_log, open_store
+from outstation.device.bundles import history, overrides
+from outstation.device.bundles.quarantine import CrashMarker, CrashRecord
+from outstation.device.store import task_keys
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.bundle_devices import Device, version
 from tests.kit.operators import NOW
 from tests.kit.rollouts import with_trap

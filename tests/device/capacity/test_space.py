@@ -12,25 +12,26 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent import config, ranges
-from agent.clock import ClockReading
-from agent.config import Config
-from agent.device.capacity import space
-from agent.device.capacity.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
-from agent.device.capacity.space import SpaceManager
-from agent.device.pipeline.joined_streams import JoinedPosition
-from agent.device.recovery.open import open_store
-from agent.device.store import predictions, retention, task_keys
-from agent.device.store.message_log import MessageLog
-from agent.device.store.predictions import StoredPredictions
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.rows import Rows
-from agent.device.store.store import INTAKE_SHARE, Store
-from agent.errors import StorageFull
-from agent.testing.messages import new_key
-from agent.wire import jws
-from agent.wire.messages import AlertPayload, AuditPayload, LoggedPayload
-from agent.wire.verification import VerifiedMessage, verify_message
+from outstation.device import config
+from outstation.device.capacity import space
+from outstation.device.capacity.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
+from outstation.device.capacity.space import SpaceManager
+from outstation.device.config.config import Config
+from outstation.device.pipeline.joined_streams import JoinedPosition
+from outstation.device.recovery.open import open_store
+from outstation.device.store import predictions, retention, task_keys
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.predictions import StoredPredictions
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import INTAKE_SHARE, Store
+from outstation.foundation import ranges
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import StorageFull
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.messages import AlertPayload, AuditPayload, LoggedPayload
+from outstation.protocol.wire.verification import VerifiedMessage, verify_message
+from outstation.workbench.testing.messages import new_key
 from tests.kit.stations import WATCH
 
 KEY = new_key(1)

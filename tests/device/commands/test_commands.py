@@ -10,20 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent import clock
-from agent.clock import ClockReading
-from agent.device.commands.receiver import CommandReceiver
-from agent.device.machine.timekeeping import FLOOR
-from agent.device.pipeline.tasks import Effect
-from agent.device.recovery.open import open_store
-from agent.device.store.message_log import MessageLog
-from agent.device.store.transaction import Transaction
-from agent.device.uplink.refusals import CLEAR_AFTER_S, Refusals
-from agent.errors import MessageRefused, StorageFull
-from agent.testing.messages import new_key
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire import jws
-from agent.wire.commands import CLOCK_DEPENDENT, MAX_COMMAND_BYTES
+from outstation.device.commands.receiver import CommandReceiver
+from outstation.device.machine.timekeeping import FLOOR
+from outstation.device.pipeline.tasks import Effect
+from outstation.device.recovery.open import open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.transaction import Transaction
+from outstation.device.uplink.refusals import CLEAR_AFTER_S, Refusals
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import MessageRefused, StorageFull
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.commands import CLOCK_DEPENDENT, MAX_COMMAND_BYTES
+from outstation.workbench.testing.messages import new_key
 from tests.kit.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator, trusted_keys
 
 

@@ -11,30 +11,31 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import durable_files
-from agent.config import BrokerConfig, Config
-from agent.config import DeviceConfig as DeviceSection
-from agent.device.capacity.eviction import quarantine_damaged
-from agent.device.capacity.space import SpaceManager
-from agent.device.commands.executor import CommandExecutor
-from agent.device.commands.key_rotation import KeyRotation
-from agent.device.commands.receiver import CommandReceiver
-from agent.device.machine import keys as keyfiles
-from agent.device.machine.keys import KeyFiles, open_keys
-from agent.device.recovery import findings, new_log
-from agent.device.recovery.open import open_store
-from agent.device.store.message_log import MessageLog
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.errors import UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import MessageSender, SignedMessage, new_key
-from agent.transport.packets import IncomingMessage
-from agent.wire import jws, keys
-from agent.wire import key_rotation as wire
-from agent.wire.keys import SigningKey, b64url_encode
-from agent.wire.verification import verify_message
+from outstation.device.capacity.eviction import quarantine_damaged
+from outstation.device.capacity.space import SpaceManager
+from outstation.device.commands.executor import CommandExecutor
+from outstation.device.commands.key_rotation import KeyRotation
+from outstation.device.commands.receiver import CommandReceiver
+from outstation.device.config.config import Config
+from outstation.device.config.device import DeviceConfig as DeviceSection
+from outstation.device.machine import keys as keyfiles
+from outstation.device.machine.keys import KeyFiles, open_keys
+from outstation.device.recovery import findings, new_log
+from outstation.device.recovery.open import open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import durable_files
+from outstation.foundation.errors import UsageError
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire import jws, keys
+from outstation.protocol.wire import key_rotation as wire
+from outstation.protocol.wire.keys import SigningKey, b64url_encode
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.messages import MessageSender, SignedMessage, new_key
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator, trusted_keys
 
 TIME = "2026-11-24T22:18:01.000000Z"

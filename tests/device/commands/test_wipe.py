@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from agent.clock import ClockReading
-from agent.config import Config, UpdatesConfig, UplinkBrokerConfig
-from agent.config import DeviceConfig as DeviceSection
-from agent.device.commands import erasure, wipe
-from agent.device.commands.wipe import Wipe
-from agent.device.recovery.open import acquire_lock
-from agent.device.store.command_log import CommandAnswer
-from agent.errors import UsageError
-from agent.testing.messages import new_key
-from agent.testing.process import run_outstation
-from agent.wire import keys
+from outstation.device.commands import erasure, wipe
+from outstation.device.commands.wipe import Wipe
+from outstation.device.config.config import Config
+from outstation.device.config.device import DeviceConfig as DeviceSection
+from outstation.device.config.updates import UpdatesConfig
+from outstation.device.recovery.open import acquire_lock
+from outstation.device.store.command_log import CommandAnswer
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import UsageError
+from outstation.protocol.transport.broker_config import UplinkBrokerConfig
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.process import run_outstation
 from tests.kit.commands import call_outstation
 from tests.kit.operators import NOW, Desk, Operator, trusted_keys
 

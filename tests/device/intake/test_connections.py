@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.client import Client, _encode_frame
-from agent.device.intake import listener, server
-from agent.device.intake.connection import _READ_BYTES, ProducerConnection
-from agent.device.intake.listener import ConnectionTable, Refusal, User, load_token
-from agent.errors import UsageError
-from agent.testing.broker import free_port
-from agent.testing.patience import wait_until
+from outstation.device.intake import listener, server
+from outstation.device.intake.connection import _READ_BYTES, ProducerConnection
+from outstation.device.intake.listener import ConnectionTable, Refusal, User, load_token
+from outstation.foundation.errors import UsageError
+from outstation.protocol.client import Client, _encode_frame
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.marks import root_only
 from tests.kit.stations import ROOT, Killable, Line, Station, conf
 
@@ -195,7 +195,7 @@ def test_a_lack_of_descriptors_delays_connections_and_is_counted(
 
 
 def test_the_intake_raises_its_limit_of_open_files() -> None:
-    program = "from agent.device.intake.listener import raise_descriptor_limit as r; import resource\n"
+    program = "from outstation.device.intake.listener import raise_descriptor_limit as r; import resource\n"
     program += "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1500))\n"
     program += "print(r(), resource.getrlimit(resource.RLIMIT_NOFILE))\n"
     program += "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); print(r())"
@@ -239,7 +239,7 @@ def test_white_space_and_a_byte_order_mark_may_come_first(station: Station, befo
 def test_a_producer_that_hangs_up_and_never_reads_its_answers_takes_no_descriptor_for_ever(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.device.intake.connection._FLUSH_S", 1.0)
+    monkeypatch.setattr("outstation.device.intake.connection._FLUSH_S", 1.0)
     table, close, unread = station.intake._table, ProducerConnection.close, list[int]()
 
     async def count_and_close(connection: ProducerConnection) -> None:

@@ -21,12 +21,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.client import _encode_frame
-from agent.config import Duration, FieldConfig, StreamConfig
-from agent.device.intake.listener import load_token
-from agent.performance.labels import LabelSchema, LabelTarget
-from agent.testing.broker import free_port
-from agent.testing.patience import wait_until
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.listener import load_token
+from outstation.foundation.quantities import Duration
+from outstation.ml.performance.labels import LabelSchema, LabelTarget
+from outstation.protocol.client import _encode_frame
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import ROOT, Killable, Line, Station, conf
 
 TARGETS = {"judge": LabelTarget("watch", {"": LabelSchema("classify", ("up", "down"))})}
@@ -230,7 +231,7 @@ def test_any_cuts_in_a_row_leave_each_line_stored_once(station: Station, cuts: l
 
 _PRODUCER = """\
 import sys
-from agent.client import Client
+from outstation.protocol.client import Client
 
 client = Client(sys.argv[1], name="gateway", patience_s=20)
 n = client.through

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.config import FieldConfig, StreamConfig
-from agent.config.sources import FilesSource
-from agent.device.intake import decode_process, decoded_blocks
-from agent.device.intake.decode_process import DecodeProcess, DecoderDied
-from agent.device.intake.decoded_blocks import DecodedBlock, PackedColumn
-from agent.device.intake.file_reader import FileBlock, read_blocks
-from agent.device.intake.sources.file_marker import FileMarker
-from agent.device.store.rows import validate_columns
-from agent.errors import RowRejected, UsageError
-from agent.media import ImageFormat, MediaFormat, SoundFormat
+from outstation.device.config.sources import FilesSource
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake import decode_process, decoded_blocks
+from outstation.device.intake.decode_process import DecodeProcess, DecoderDied
+from outstation.device.intake.decoded_blocks import DecodedBlock, PackedColumn
+from outstation.device.intake.file_reader import FileBlock, read_blocks
+from outstation.device.intake.sources.file_marker import FileMarker
+from outstation.device.store.rows import validate_columns
+from outstation.foundation.errors import RowRejected, UsageError
+from outstation.foundation.media import ImageFormat, MediaFormat, SoundFormat
 from scripts.kit.process_stats import memory_kb
 from tests.kit.stations import ROOT
 
@@ -193,10 +193,10 @@ def test_a_small_image_of_many_pixels_is_rejected_by_its_header(tmp_path: Path) 
 _UNLIMITED = """
 import sys
 from pathlib import Path
-from agent.config import StreamConfig
-from agent.device.intake import media_reader
-from agent.media import ImageFormat
-from agent.model.sandbox import memory
+from outstation.device.config import StreamConfig
+from outstation.device.intake import media_reader
+from outstation.foundation.media import ImageFormat
+from outstation.ml.model.sandbox import memory
 from tests.device.intake.test_decode_process import IMAGE, make_media_stream
 path, before = Path(sys.argv[1]), memory.peak_bytes()
 with path.open("rb") as file:

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import FieldConfig, StreamConfig
-from agent.datasets.formats import open_file
-from agent.device.intake.file_reader import MAX_BLOCK_ROWS, FileBlock, read_blocks
-from agent.device.store.rows import validate_columns
-from agent.errors import RowRejected, UsageError
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.file_reader import MAX_BLOCK_ROWS, FileBlock, read_blocks
+from outstation.device.store.rows import validate_columns
+from outstation.foundation.errors import RowRejected, UsageError
+from outstation.ml.datasets.formats import open_file
 from tests.kit.stations import MACHINE, T0, WATCH
 
 HEADER = "t,ax,ay\n"

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.client import _encode_frame, _frame_type
-from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.frames import MAGIC, Frames, read_columns, read_layout
-from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser, ParsedLines
-from agent.device.intake.splitter import Oversized, Splitter
-from agent.device.store.rows import concatenate, pack_chunk
-from agent.errors import RowRejected
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.frames import MAGIC, Frames, read_columns, read_layout
+from outstation.device.intake.protocol import MAX_LINE_BYTES, LineParser, ParsedLines
+from outstation.device.intake.splitter import Oversized, Splitter
+from outstation.device.store.rows import concatenate, pack_chunk
+from outstation.foundation.errors import RowRejected
+from outstation.protocol.client import _encode_frame, _frame_type
 from tests.kit.stations import STREAMS, T0
 
 NOW_US = 1_764_022_680_000_000

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.intake.sources.jsonpath import MISSING, find, parse
+from outstation.device.intake.sources.jsonpath import MISSING, find, parse
 
 DOCUMENT = {"a": {"b c": [1, {"d": 2.5}], "é": "x"}, "0": None, "it's": True}
 

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.client import Client
-from agent.device.intake import labels
-from agent.device.intake.protocol import LineParser
-from agent.device.machine import secret_file
-from agent.device.store import labels as labelled
-from agent.device.store.labels import StoredLabel
-from agent.device.store.predictions import StoredPredictions
-from agent.errors import RowRejected
-from agent.performance.labels import Label, LabelSchema, LabelTarget
+from outstation.device.intake import labels
+from outstation.device.intake.protocol import LineParser
+from outstation.device.machine import secret_file
+from outstation.device.store import labels as labelled
+from outstation.device.store.labels import StoredLabel
+from outstation.device.store.predictions import StoredPredictions
+from outstation.foundation.errors import RowRejected
+from outstation.ml.performance.labels import Label, LabelSchema, LabelTarget
+from outstation.protocol.client import Client
 from tests.kit.stations import STREAMS, Station, conf
 
 T0 = 1_764_000_000_000_000

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser
-from agent.device.store.rows import PackedChunk, Rows, concatenate, pack_chunk
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.protocol import MAX_LINE_BYTES, LineParser
+from outstation.device.store.rows import PackedChunk, Rows, concatenate, pack_chunk
 from tests.kit.stations import MACHINE, STREAMS, T0, WATCH
 
 NOW_US = 1_764_022_680_000_000

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import config
-from agent.config import FieldConfig, StreamConfig
-from agent.config.sources import RecordingFilter, ReplaySource
-from agent.datasets.recordings import Recordings, load
-from agent.device.intake.sources.recordings import Playlist
-from agent.device.intake.sources.replay import ReplayPlayer
-from agent.errors import ConfigError, UsageError
-from agent.model.sandbox import available_memory
-from agent.testing.patience import wait_until
+from outstation.device import config
+from outstation.device.config.sources import RecordingFilter, ReplaySource
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.sources.recordings import Playlist
+from outstation.device.intake.sources.replay import ReplayPlayer
+from outstation.foundation.errors import ConfigError, UsageError
+from outstation.ml.datasets.recordings import Recordings, load
+from outstation.ml.model.sandbox import available_memory
+from outstation.workbench.testing.patience import wait_until
 from tests.device.intake.test_sources import start
 from tests.kit.stations import Station, conf
 

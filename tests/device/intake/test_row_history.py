@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.clock import ClockReading
-from agent.config import FieldConfig, StreamConfig
-from agent.device.intake import row_history
-from agent.device.intake.row_history import (
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake import row_history
+from outstation.device.intake.row_history import (
     LatestTime,
     RecentRows,
     RowHistory,
@@ -25,9 +24,10 @@ from agent.device.intake.row_history import (
     recent_rows,
     screen,
 )
-from agent.device.store.quota import PAGE_SIZE
-from agent.device.store.rows import RawColumns, Rows, validate_columns
-from agent.quantities import Duration
+from outstation.device.store.quota import PAGE_SIZE
+from outstation.device.store.rows import RawColumns, Rows, validate_columns
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.quantities import Duration
 from tests.kit.stations import T0, Station, conf
 
 PAIR = StreamConfig(fields=[FieldConfig(name="a"), FieldConfig(name="b", optional=True)])

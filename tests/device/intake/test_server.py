@@ -18,21 +18,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent import clock
-from agent.client import Client, _encode_frame
-from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
-from agent.device.intake.frames import MAGIC
-from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
-from agent.device.intake.protocol import MAX_LINE_BYTES
-from agent.device.intake.source import SubmitRows
-from agent.device.recovery.open import open_store
-from agent.device.store.quota import PAGE_SIZE
-from agent.device.store.rows import RawColumns
-from agent.device.store.store import Store
-from agent.errors import StorageError, StorageMoved, UsageError
-from agent.testing.broker import free_port
-from agent.testing.patience import wait_until
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
+from outstation.device.intake.frames import MAGIC
+from outstation.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
+from outstation.device.intake.protocol import MAX_LINE_BYTES
+from outstation.device.intake.source import SubmitRows
+from outstation.device.recovery.open import open_store
+from outstation.device.store.quota import PAGE_SIZE
+from outstation.device.store.rows import RawColumns
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageError, StorageMoved, UsageError
+from outstation.protocol.client import Client, _encode_frame
+from outstation.workbench.testing.broker import free_port
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import T0, Killable, Line, Station, conf
 
 ROW = {"stream": "watch", "ax": 0.1, "ay": 0.2}

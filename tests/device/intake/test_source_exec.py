@@ -17,19 +17,20 @@ from typing import Any
 
 import pytest
 
-from agent.config import Duration, FieldConfig, StreamConfig
-from agent.config.sources import ExecSource
-from agent.config.stream_privacy import StreamPrivacy
-from agent.device.intake.group_commit import CommitOutcome
-from agent.device.intake.source import SourceContext
-from agent.device.intake.sources import exec as exec_source
-from agent.device.intake.sources import program
-from agent.device.intake.sources.exec import ProgramReader
-from agent.device.recovery.open import open_store
-from agent.device.store.rows import RawColumns
-from agent.device.store.store import Store
-from agent.errors import ConfigError
-from agent.testing.patience import wait_until
+from outstation.device.config.sources import ExecSource
+from outstation.device.config.stream_privacy import StreamPrivacy
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.group_commit import CommitOutcome
+from outstation.device.intake.source import SourceContext
+from outstation.device.intake.sources import exec as exec_source
+from outstation.device.intake.sources import program
+from outstation.device.intake.sources.exec import ProgramReader
+from outstation.device.recovery.open import open_store
+from outstation.device.store.rows import RawColumns
+from outstation.device.store.store import Store
+from outstation.foundation.errors import ConfigError
+from outstation.foundation.quantities import Duration
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import T0, Station, conf
 
 FIELDS = [

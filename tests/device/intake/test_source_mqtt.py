@@ -11,22 +11,23 @@ from typing import Any
 
 import pytest
 
-from agent import config
-from agent.bootstrap.daemon import build_sources
-from agent.config import BrokerConfig, FieldConfig, StreamConfig
-from agent.config.sources import MqttSource
-from agent.device.intake.group_commit import GroupCommit
-from agent.device.intake.source import SourceContext
-from agent.device.intake.sources import mqtt
-from agent.device.intake.sources.mqtt import MqttSubscriber
-from agent.device.recovery.open import open_store
-from agent.device.store.store import Store
-from agent.errors import ConfigError, StorageFull
-from agent.testing.broker import MosquittoBroker
-from agent.testing.patience import wait_until
-from agent.transport.capabilities import Capabilities
-from agent.transport.mqtt import Link
-from agent.transport.packets import OutgoingMessage
+from outstation.device import config
+from outstation.device.bootstrap.daemon import build_sources
+from outstation.device.config.sources import MqttSource
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.group_commit import GroupCommit
+from outstation.device.intake.source import SourceContext
+from outstation.device.intake.sources import mqtt
+from outstation.device.intake.sources.mqtt import MqttSubscriber
+from outstation.device.recovery.open import open_store
+from outstation.device.store.store import Store
+from outstation.foundation.errors import ConfigError, StorageFull
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.capabilities import Capabilities
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.commands import call_outstation
 from tests.kit.stations import T0, Station, conf, rows_of
 

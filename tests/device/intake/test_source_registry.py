@@ -10,9 +10,9 @@ from typing import get_args
 
 import pytest
 
-from agent.config.sources import SocketSource, SourceConfig, SourceSection
-from agent.device.intake.sources import registry
-from agent.device.intake.sources.registry import source_module
+from outstation.device.config.sources import SocketSource, SourceConfig, SourceSection
+from outstation.device.intake.sources import registry
+from outstation.device.intake.sources.registry import source_module
 
 ROOT = Path(__file__).parents[3]
 KINDS = [kind for kind in get_args(SourceConfig) if kind is not SocketSource]
@@ -32,8 +32,8 @@ def test_a_module_is_named_after_its_kind_and_has_both_functions(kind: type[Sour
 
 
 def test_the_registry_loads_no_source() -> None:
-    code = "import sys; from agent.device.intake.sources import registry; print(*sys.modules, sep='\\n')"
+    code = "import sys; from outstation.device.intake.sources import registry; print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(done.stdout.splitlines())
-    modules = {f"agent.device.intake.sources.{kind.__struct_config__.tag}" for kind in KINDS}
+    modules = {f"outstation.device.intake.sources.{kind.__struct_config__.tag}" for kind in KINDS}
     assert loaded & {*modules, "psutil", "paho"} == set()

@@ -22,26 +22,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import clock, config
-from agent.clock import ClockReading
-from agent.config import FieldConfig, StreamConfig
-from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySource
-from agent.datasets.recordings import load
-from agent.device.intake.file_reader import MAX_BLOCK_ROWS
-from agent.device.intake.source import SourceContext
-from agent.device.intake.sources import files as files_module
-from agent.device.intake.sources import finished_files
-from agent.device.intake.sources import host as host_source
-from agent.device.intake.sources.files import FolderWatcher
-from agent.device.intake.sources.host import HostMetrics
-from agent.device.intake.sources.recordings import Playlist
-from agent.device.intake.sources.replay import ReplayPlayer
-from agent.device.intake.sources.watched_folder import FileState, WatchedFolder
-from agent.device.recovery.open import open_store
-from agent.device.store.quota import PAGE_SIZE
-from agent.device.store.rows import Rows, pack_chunk
-from agent.errors import ConfigError, UsageError
-from agent.testing.patience import wait_until
+from outstation.device import config
+from outstation.device.config.sources import FilesSource, HostSource, ReplayFault, ReplaySource
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.file_reader import MAX_BLOCK_ROWS
+from outstation.device.intake.source import SourceContext
+from outstation.device.intake.sources import files as files_module
+from outstation.device.intake.sources import finished_files
+from outstation.device.intake.sources import host as host_source
+from outstation.device.intake.sources.files import FolderWatcher
+from outstation.device.intake.sources.host import HostMetrics
+from outstation.device.intake.sources.recordings import Playlist
+from outstation.device.intake.sources.replay import ReplayPlayer
+from outstation.device.intake.sources.watched_folder import FileState, WatchedFolder
+from outstation.device.recovery.open import open_store
+from outstation.device.store.quota import PAGE_SIZE
+from outstation.device.store.rows import Rows, pack_chunk
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import ConfigError, UsageError
+from outstation.ml.datasets.recordings import load
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import ROOT, T0, Station, conf, rows_of
 
@@ -518,9 +519,9 @@ def replace_with_file(folder: Path) -> bool:
 _WATCHER = """\
 import sys, time
 from pathlib import Path
-from agent.config import Duration, FieldConfig, StreamConfig
-from agent.config.sources import FilesSource
-from agent.device.intake.sources import files
+from outstation.device.config import Duration, FieldConfig, StreamConfig
+from outstation.device.config.sources import FilesSource
+from outstation.device.intake.sources import files
 from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 
@@ -744,7 +745,7 @@ def test_a_replay_keeps_its_pace(tmp_path: Path, recordings: Path) -> None:
 def test_a_full_store_holds_a_replay_up_and_skips_nothing(
     tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.device.intake.sources.replay._FULL_RETRY_S", 0.05)
+    monkeypatch.setattr("outstation.device.intake.sources.replay._FULL_RETRY_S", 0.05)
     source = replay_of(recordings, rows=40_000, speed=1e5)
     whole = played(tmp_path / "a", source)
     with replaying(tmp_path / "b", source, max_size=216 * PAGE_SIZE) as station:
@@ -764,11 +765,11 @@ def test_a_full_store_holds_a_replay_up_and_skips_nothing(
 _PLAYER = """\
 import sys, time
 from pathlib import Path
-from agent.clock import ClockReading
-from agent.config import FieldConfig, StreamConfig
-from agent.config.sources import ReplaySource
-from agent.device.intake.sources.replay import ReplayPlayer
-from agent.device.intake.sources.watched_folder import WatchedFolder
+from outstation.foundation.clock import ClockReading
+from outstation.device.config import FieldConfig, StreamConfig
+from outstation.device.config.sources import ReplaySource
+from outstation.device.intake.sources.replay import ReplayPlayer
+from outstation.device.intake.sources.watched_folder import WatchedFolder
 from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 

@@ -19,24 +19,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent import config
-from agent.config import FieldConfig, StreamConfig
-from agent.config.sources import FilesSource
-from agent.device.intake import media_reader
-from agent.device.intake.file_reader import FileBlock
-from agent.device.intake.sources import files as files_module
-from agent.device.intake.sources.file_progress import FileProgress
-from agent.device.intake.sources.files import FolderWatcher
-from agent.device.intake.sources.watched_folder import WatchedFolder
-from agent.device.recovery.open import open_store
-from agent.device.store.rows import Rows
-from agent.errors import ConfigError, UsageError
-from agent.media import ImageFormat, MediaFormat, SoundFormat
-from agent.model.inference import images, sound
-from agent.testing.patience import wait_until
+from outstation.device import config
+from outstation.device.config.sources import FilesSource
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake import media_reader
+from outstation.device.intake.file_reader import FileBlock
+from outstation.device.intake.sources import files as files_module
+from outstation.device.intake.sources.file_progress import FileProgress
+from outstation.device.intake.sources.files import FolderWatcher
+from outstation.device.intake.sources.watched_folder import WatchedFolder
+from outstation.device.recovery.open import open_store
+from outstation.device.store.rows import Rows
+from outstation.foundation.errors import ConfigError, UsageError
+from outstation.foundation.media import ImageFormat, MediaFormat, SoundFormat
+from outstation.ml.model.inference import images, sound
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf, rows_of
-from tests.model.test_media import RATE, picture, read_samples, tone, write_wav
+from tests.ml.model.test_media import RATE, picture, read_samples, tone, write_wav
 
 SMALL = ImageFormat(width=8, height=6)
 SOUND = SoundFormat(rate=RATE, window=1024, hop=512, mels=16)
@@ -308,8 +308,8 @@ def test_rows_of_another_producer_are_no_part_of_an_image(tmp_path: Path) -> Non
 _WATCHER = """\
 import sys, time
 from pathlib import Path
-from agent.device.intake.sources import files
-from agent.config import Duration
+from outstation.device.intake.sources import files
+from outstation.device.config import Duration
 from tests.device.intake import test_sources_media as here
 from tests.kit.killed_watcher import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf

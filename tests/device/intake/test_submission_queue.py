@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from agent.device.intake.group_commit import CommitOutcome
-from agent.device.intake.sources.submission_queue import SubmissionQueue
+from outstation.device.intake.group_commit import CommitOutcome
+from outstation.device.intake.sources.submission_queue import SubmissionQueue
 
 
 def test_blocks_that_a_full_store_refused_are_stored_in_their_order_before_later_ones() -> None:

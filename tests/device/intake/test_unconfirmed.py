@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.device.intake.sources.unconfirmed import UnconfirmedMessages
+from outstation.device.intake.sources.unconfirmed import UnconfirmedMessages
 
 
 def arrive(messages: UnconfirmedMessages, *times_s: float) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.device.intake import decode_process
-from agent.device.intake.decode_process import DecodeProcess
-from agent.device.intake.sources import files as files_module
-from agent.device.intake.sources import watched_folder
-from agent.device.intake.sources.watched_folder import WatchedFolder, safe_name
-from agent.errors import UsageError
-from agent.testing.patience import wait_until
+from outstation.device.intake import decode_process
+from outstation.device.intake.decode_process import DecodeProcess
+from outstation.device.intake.sources import files as files_module
+from outstation.device.intake.sources import watched_folder
+from outstation.device.intake.sources.watched_folder import WatchedFolder, safe_name
+from outstation.foundation.errors import UsageError
+from outstation.workbench.testing.patience import wait_until
 from tests.device.intake.test_sources import put, taken, there, watching
 from tests.kit.marks import root_only
 from tests.kit.stations import ROOT
@@ -229,8 +229,8 @@ def test_a_cell_with_escape_characters_reaches_the_log_escaped(
 
 HOSTILE_DECODER = """
 import os, socket, sys
-from agent.device.intake import decoded_blocks
-from agent.device.intake.decoded_blocks import DecodedBlock, DecodeEnd, PackedColumn
+from outstation.device.intake import decoded_blocks
+from outstation.device.intake.decoded_blocks import DecodedBlock, DecodeEnd, PackedColumn
 
 channel = socket.socket(fileno=int(sys.argv[1]))
 decoded_blocks.receive(channel)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.device.machine import heap
+from outstation.device.machine import heap
 
 
 def resident_mb() -> float:
@@ -30,7 +30,7 @@ def test_memory_in_the_middle_of_the_heap_is_given_back() -> None:
 REPEATED = """
 import resource
 import numpy as np
-from agent.device.machine import heap
+from outstation.device.machine import heap
 heap.keep_free()
 for round in range(11):
     arrays = [np.ones(1 << 18) for _ in range(10)]

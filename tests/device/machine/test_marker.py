@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.bundles.quarantine import CrashRecord
-from agent.device.machine import marker
+from outstation.device.bundles.quarantine import CrashRecord
+from outstation.device.machine import marker
 
 
 @given(st.text(max_size=80), st.text(max_size=80), st.integers(0, 300), st.integers(1, 255))

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.clock import ClockReading, parse_rfc3339
-from agent.device.machine.schedule import CronSchedule, IntervalSchedule, RowCountSchedule, Schedule
-from agent.device.machine.schedule_text import parse
-from agent.errors import ConfigError
+from outstation.device.machine.schedule import CronSchedule, IntervalSchedule, RowCountSchedule, Schedule
+from outstation.device.machine.schedule_text import parse
+from outstation.foundation.clock import ClockReading, parse_rfc3339
+from outstation.foundation.errors import ConfigError
 
 VIENNA = ZoneInfo("Europe/Vienna")
 HOUR, DAY, YEAR = 3600.0, 86_400.0, 365 * 86_400.0

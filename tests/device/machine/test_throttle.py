@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent import clock, config
-from agent.device.machine import throttle
-from agent.device.machine.throttle import Throttle
+from outstation.device import config
+from outstation.device.machine import throttle
+from outstation.device.machine.throttle import Throttle
+from outstation.foundation import clock
 
 
 def at(boot_s: float) -> clock.ClockReading:

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import clock
-from agent.clock import ClockReading
-from agent.device.machine import timekeeping
-from agent.device.machine.timekeeping import FLOOR, SYNCED, is_plausible_time, make_clock
-from agent.device.store import clock_segments
-from agent.device.store.clock_segments import ANCHORED_LOG, ClockSegments, ClockStamp
-from agent.errors import StorageFull
-from agent.wire.messages import AlertPayload, AuditPayload
+from outstation.device.machine import timekeeping
+from outstation.device.machine.timekeeping import FLOOR, SYNCED, is_plausible_time, make_clock
+from outstation.device.store import clock_segments
+from outstation.device.store.clock_segments import ANCHORED_LOG, ClockSegments, ClockStamp
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import StorageFull
+from outstation.protocol.wire.messages import AlertPayload, AuditPayload
 from tests.kit.clocks import TRUE_START_US, Station
 
 S = 1_000_000

@@ -13,25 +13,25 @@ from securesystemslib.formats import encode_canonical
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root
 
-from agent.clock import ClockReading
-from agent.device.commands.executor import Action, CommandExecutor
-from agent.device.commands.receiver import CommandReceiver
-from agent.device.machine.trusted_keys import MAX_AHEAD_S, MAX_AHEAD_UNSYNCED_S, TrustedKeys, load_operators
-from agent.device.pipeline.tasks import Effect
-from agent.device.recovery.open import open_store
-from agent.device.rollout.desired_state import DesiredStateStore
-from agent.device.store import store as stores
-from agent.device.store.command_log import CommandAnswer
-from agent.device.store.message_log import MessageLog
-from agent.device.uplink.uplink import Receiver
-from agent.errors import MessageRefused, StorageFull
-from agent.fleet.repository import trust as repository_trust
-from agent.testing.messages import new_key
-from agent.transport.packets import IncomingMessage
-from agent.wire import jws, root_metadata, trust
-from agent.wire.jws import Signer, encode
-from agent.wire.keys import SigningKey
-from agent.wire.trust import TrustedKey
+from outstation.device.commands.executor import Action, CommandExecutor
+from outstation.device.commands.receiver import CommandReceiver
+from outstation.device.machine.trusted_keys import MAX_AHEAD_S, MAX_AHEAD_UNSYNCED_S, TrustedKeys, load_operators
+from outstation.device.pipeline.tasks import Effect
+from outstation.device.recovery.open import open_store
+from outstation.device.rollout.desired_state import DesiredStateStore
+from outstation.device.store import store as stores
+from outstation.device.store.command_log import CommandAnswer
+from outstation.device.store.message_log import MessageLog
+from outstation.device.uplink.uplink import Receiver
+from outstation.fleet.repository import trust as repository_trust
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import MessageRefused, StorageFull
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire import jws, root_metadata, trust
+from outstation.protocol.wire.jws import Signer, encode
+from outstation.protocol.wire.keys import SigningKey
+from outstation.protocol.wire.trust import TrustedKey
+from outstation.workbench.testing.messages import new_key
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 
 pytestmark = pytest.mark.attack("operators")

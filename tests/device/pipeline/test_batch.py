@@ -19,20 +19,21 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent import clock, config
-from agent.device.pipeline.batch import BatchResult
-from agent.device.store import retention, task_keys, transaction
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.rows import commit
-from agent.errors import StorageError, StorageFull
-from agent.model.bundle.manifest import WindowSpec
-from agent.model.inference import features, scores
-from agent.model.inference.tuning import Tuning
-from agent.wire import commitment
-from agent.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload
-from agent.wire.privacy.field_privacy import FieldPrivacy
-from agent.wire.runs import expand_integers
-from agent.wire.verification import VerifiedMessage
+from outstation.device import config
+from outstation.device.pipeline.batch import BatchResult
+from outstation.device.store import retention, task_keys, transaction
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.rows import commit
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageError, StorageFull
+from outstation.ml.model.bundle.manifest import WindowSpec
+from outstation.ml.model.inference import features, scores
+from outstation.ml.model.inference.tuning import Tuning
+from outstation.protocol.wire import commitment
+from outstation.protocol.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload
+from outstation.protocol.wire.privacy.field_privacy import FieldPrivacy
+from outstation.protocol.wire.runs import expand_integers
+from outstation.protocol.wire.verification import VerifiedMessage
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe, activated
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.pipeline import columns
-from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
-from agent.model.inference.scores import Labels, Scores
-from agent.wire.messages import ResultColumns
-from agent.wire.runs import JitteredTimes, LabelRun
+from outstation.device.pipeline import columns
+from outstation.device.pipeline.columns import encode_labels, encode_runs, encode_times
+from outstation.ml.model.inference.scores import Labels, Scores
+from outstation.protocol.wire.messages import ResultColumns
+from outstation.protocol.wire.runs import JitteredTimes, LabelRun
 
 NOW = 1_764_022_680_000_000
 

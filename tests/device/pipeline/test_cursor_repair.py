@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from agent.bootstrap import tasks
-from agent.bootstrap.daemon import build_daemon
-from agent.bootstrap.device import load_config, open_message_log
-from agent.device.daemon import Daemon
-from agent.device.pipeline import cursor_repair
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.store.store import Store
+from outstation.device.bootstrap import tasks
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.bootstrap.device import load_config, open_message_log
+from outstation.device.daemon import Daemon
+from outstation.device.pipeline import cursor_repair
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.store.store import Store
 from tests.device.pipeline.test_relearn import NOW, Site, work
 
 PAGE = 4096

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
-from agent.bootstrap.tasks import load_task
-from agent.cli.commands import cli
-from agent.device.health import build_body
-from agent.device.pipeline import batch, deadline
-from agent.device.pipeline.deadline import Deadline
-from agent.device.store.rows import Rows
-from agent.errors import StorageFull
-from agent.testing.fleet import FIELDS
-from agent.wire import keys
-from agent.wire.messages import AlertPayload
+from outstation.device.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
+from outstation.device.bootstrap.tasks import load_task
+from outstation.device.health import build_body
+from outstation.device.pipeline import batch, deadline
+from outstation.device.pipeline.deadline import Deadline
+from outstation.device.store.rows import Rows
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.errors import StorageFull
+from outstation.protocol.wire import keys
+from outstation.protocol.wire.messages import AlertPayload
+from outstation.workbench.testing.fleet import FIELDS
 from scripts.kit.bundles import CLASSIFY, activated
 from tests.kit.devices import NOW, Device, tiles
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent import clock
-from agent.alerts.kinds import FIELD_DRIFT, FIELD_FAULT
-from agent.device.pipeline import drift_state
-from agent.device.pipeline.drift_state import RestoredDrift
-from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.drift import DriftMonitor, MonitorSettings
-from agent.drift.baseline.reference import Reference
-from agent.drift.detectors.registry import GATES, GateStates
-from agent.drift.state import DriftState
+from outstation.device.pipeline import drift_state
+from outstation.device.pipeline.drift_state import RestoredDrift
+from outstation.device.store import task_keys
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.ml.drift import DriftMonitor, MonitorSettings
+from outstation.ml.drift.baseline.reference import Reference
+from outstation.ml.drift.detectors.registry import GATES, GateStates
+from outstation.ml.drift.state import DriftState
+from outstation.protocol.alerts.kinds import FIELD_DRIFT, FIELD_FAULT
 from scripts.kit.stores import opened, outbox_payloads
 from tests.kit.machine import LABELS, LEARN, WINDOW, feed, readings, reference
 

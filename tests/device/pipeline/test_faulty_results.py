@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from agent.device.pipeline.batch_messages import find_faulty_fields
-from agent.drift import DriftMonitor, MonitorSettings
+from outstation.device.pipeline.batch_messages import find_faulty_fields
+from outstation.ml.drift import DriftMonitor, MonitorSettings
 from tests.kit.machine import LABELS, LEARN, WINDOW, feed, readings, reference
 
 

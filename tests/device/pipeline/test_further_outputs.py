@@ -13,18 +13,18 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.authoring import pack
-from agent.cli.model.group import model
-from agent.config import AlertRuleConfig
-from agent.device.rules import compiler, sentences
-from agent.device.rules.batch_results import BatchResults, PendingResults
-from agent.drift.reporting import parsed_message
-from agent.errors import ConfigError
-from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime, scores
-from agent.model.inference.inference import Inference
-from agent.model.inference.joins import JoinedRows
-from agent.wire.messages import AlertPayload, DriftPayload
+from outstation.device.config.alert_rules import AlertRuleConfig
+from outstation.device.rules import compiler, sentences
+from outstation.device.rules.batch_results import BatchResults, PendingResults
+from outstation.foundation.errors import ConfigError
+from outstation.ml.drift.reporting import parsed_message
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.inference import runtime, scores
+from outstation.ml.model.inference.inference import Inference
+from outstation.ml.model.inference.joins import JoinedRows
+from outstation.protocol.wire.messages import AlertPayload, DriftPayload
+from outstation.workbench.authoring import pack
+from outstation.workbench.cli.model.group import model
 from scripts.kit.bundles import KEY, WINDOWED, waves, write_csv, write_joined_spec
 from tests.kit import multi_output_device
 from tests.kit.devices import Device

@@ -12,30 +12,30 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent import config
-from agent.authoring import pack
-from agent.cli.device.status import _format_joined
-from agent.cli.fleet.disclosed import compare_joined
-from agent.cli.owner.disclose import build_disclosure
-from agent.clock import ClockReading
-from agent.device.pipeline import joined_streams
-from agent.device.pipeline.joined_streams import JoinedStream, JoinedWait, load_positions
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.rollout import shadow_windows
-from agent.device.rollout.shadow import ShadowRunner
-from agent.device.store import task_keys
-from agent.device.store.row_batch import RowBatch
-from agent.device.store.rows import Rows
-from agent.errors import UsageError
-from agent.model.activation import LoadedBundle
-from agent.model.bundle import bundle
-from agent.model.inference import features, runtime
-from agent.model.inference.features import WindowCut
-from agent.model.inference.inference import Inference, InferenceResult
-from agent.model.inference.joins import JoinedRows
-from agent.quantities import Duration
-from agent.wire.commitment import DisclosedJoin, Disclosure
-from agent.wire.messages import ResultsPayload
+from outstation.device import config
+from outstation.device.cli.owner.disclose import build_disclosure
+from outstation.device.cli.status import _format_joined
+from outstation.device.pipeline import joined_streams
+from outstation.device.pipeline.joined_streams import JoinedStream, JoinedWait, load_positions
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.rollout import shadow_windows
+from outstation.device.rollout.shadow import ShadowRunner
+from outstation.device.store import task_keys
+from outstation.device.store.row_batch import RowBatch
+from outstation.device.store.rows import Rows
+from outstation.fleet.cli.disclosed import compare_joined
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import UsageError
+from outstation.foundation.quantities import Duration
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.inference import features, runtime
+from outstation.ml.model.inference.features import WindowCut
+from outstation.ml.model.inference.inference import Inference, InferenceResult
+from outstation.ml.model.inference.joins import JoinedRows
+from outstation.protocol.wire.commitment import DisclosedJoin, Disclosure
+from outstation.protocol.wire.messages import ResultsPayload
+from outstation.workbench.authoring import pack
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
 from tests.kit.devices import NOW, STEP_US, T0, Device, columns, tiles
 from tests.kit.shadow_devices import Recorder

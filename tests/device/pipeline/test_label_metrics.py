@@ -13,34 +13,33 @@ import pytest
 from msgspec import UNSET, structs
 from msgspec.structs import replace
 
-from agent import config
-from agent.clock import ClockReading
-from agent.device import status
-from agent.device.intake import labels
-from agent.device.own_messages import OwnMessages
-from agent.device.pipeline import batch, label_metrics, labelled_output
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.recovery.open import open_store
-from agent.device.store import labels as labelled
-from agent.device.store import task_keys
-from agent.device.store.labels import LabelStore
-from agent.device.store.message_log import MessageLog
-from agent.device.store.predictions import StoredPredictions
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.device.store.transaction import Transaction
-from agent.drift.monitor import DriftMonitor
-from agent.drift.monitor_settings import MonitorSettings
-from agent.errors import StorageFull
-from agent.model.activation import LoadedBundle
-from agent.performance import degradation
-from agent.performance import labels as truth
-from agent.performance.labels import LabelSchema
-from agent.testing.messages import new_key
-from agent.wire import jws
-from agent.wire.messages import AlertPayload, DriftPayload, QualityPayload, ResultsPayload
-from agent.wire.privacy.field_privacy import FieldPrivacy
-from agent.wire.verification import verify_message
+from outstation.device import config, status
+from outstation.device.intake import labels
+from outstation.device.own_messages import OwnMessages
+from outstation.device.pipeline import batch, label_metrics, labelled_output
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.recovery.open import open_store
+from outstation.device.store import labels as labelled
+from outstation.device.store import task_keys
+from outstation.device.store.labels import LabelStore
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.predictions import StoredPredictions
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.device.store.transaction import Transaction
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import StorageFull
+from outstation.ml.drift.monitor import DriftMonitor
+from outstation.ml.drift.monitor_settings import MonitorSettings
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.performance import degradation
+from outstation.ml.performance import labels as truth
+from outstation.ml.performance.labels import LabelSchema
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.messages import AlertPayload, DriftPayload, QualityPayload, ResultsPayload
+from outstation.protocol.wire.privacy.field_privacy import FieldPrivacy
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.messages import new_key
 from scripts.kit.bundles import CLASSIFY, EACH, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, activated
 
 DEVICE = new_key(1)

@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from agent.alerts import kinds
-from agent.clock import ClockReading
-from agent.config import BufferConfig, Config, DeviceConfig
-from agent.device import metrics, status
-from agent.device.bundles import history
-from agent.device.capacity.space import SpaceManager
-from agent.device.intake import labels as intake
-from agent.device.pipeline import batch, label_metrics, labelled_output
-from agent.device.store import labels as label_store
-from agent.device.store import predictions
-from agent.device.store.predictions import output_key
-from agent.model.bundle.bundle import Bundle
-from agent.performance.labels import parse_label
-from agent.quantities import Duration
-from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, QualityPayload
+from outstation.device import metrics, status
+from outstation.device.bundles import history
+from outstation.device.capacity.space import SpaceManager
+from outstation.device.config.config import Config
+from outstation.device.config.device import BufferConfig, DeviceConfig
+from outstation.device.intake import labels as intake
+from outstation.device.pipeline import batch, label_metrics, labelled_output
+from outstation.device.store import labels as label_store
+from outstation.device.store import predictions
+from outstation.device.store.predictions import output_key
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.quantities import Duration
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.performance.labels import parse_label
+from outstation.protocol.alerts import kinds
+from outstation.protocol.wire.messages import AlertPayload, AuditPayload, DriftPayload, QualityPayload
 from scripts.kit.bundles import waves
 from tests.kit import multi_output_device
 from tests.kit.devices import NOW, Device
@@ -170,7 +171,7 @@ def test_a_label_that_arrives_before_its_result_joins_that_of_its_output(outputs
 def test_a_flood_of_early_labels_of_one_output_counts_against_the_limit_of_the_task(
     outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
+    monkeypatch.setattr("outstation.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
     outputs_device.feed(waves(200))
     refused = send(outputs_device, *((row, "1", "wear") for row in range(100, 103)), (104, "hot", "flags"))
     assert list(refused) == [3]
@@ -187,7 +188,7 @@ def drop_wear(device: Device) -> None:
 def test_early_labels_of_an_output_that_the_bundle_dropped_give_up_their_places(
     outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
+    monkeypatch.setattr("outstation.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
     outputs_device.feed(waves(200))
     assert send(outputs_device, *((row, "1", "wear") for row in (100, 104, 108))) == {}
     assert send(outputs_device, (96, "hot", "flags")) == {
@@ -228,8 +229,8 @@ def test_labels_of_the_first_output_may_take_the_whole_capacity(
     multi_output_device.feed(outputs_device, 1, 1200)
     assert send(outputs_device, *truth_of(outputs_device, "")) == {}
     count = outputs_device.store.query(label_store.count_labels, "tiny").truth
-    monkeypatch.setattr("agent.device.store.labels.MAX_LABELS", count)
-    monkeypatch.setattr("agent.device.store.labels._MIN_OUTPUT_LABELS", 1)
+    monkeypatch.setattr("outstation.device.store.labels.MAX_LABELS", count)
+    monkeypatch.setattr("outstation.device.store.labels._MIN_OUTPUT_LABELS", 1)
     tasks = {"tiny": outputs_device.task.config}
     conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": outputs_device.stream}, tasks=tasks)
     SpaceManager(conf, outputs_device.store, outputs_device.author, lambda _: None, set).tick(NOW)

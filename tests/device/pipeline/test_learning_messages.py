@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from agent.clock import ClockReading
-from agent.device.pipeline import drift_state
-from agent.device.recovery.open import open_store
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.drift.state import DriftWindowResult
-from agent.testing.messages import new_key
+from outstation.device.pipeline import drift_state
+from outstation.device.recovery.open import open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.foundation.clock import ClockReading
+from outstation.ml.drift.state import DriftWindowResult
+from outstation.workbench.testing.messages import new_key
 from tests.kit.machine import reference
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.bootstrap import tasks
-from agent.bootstrap.device import open_message_log, open_store
-from agent.clock import ClockReading
-from agent.device.pipeline import batch, relearn
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.recovery import open as recovery
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.patience import wait_until
+from outstation.device.bootstrap import tasks
+from outstation.device.bootstrap.device import open_message_log, open_store
+from outstation.device.pipeline import batch, relearn
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.recovery import open as recovery
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation.clock import ClockReading
+from outstation.workbench.testing.fleet import DeviceProcess, LocalFleet
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.commands import call_outstation
 from tests.kit.learning_device import LearningDevice
 from tests.kit.marks import root_only

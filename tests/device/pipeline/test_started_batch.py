@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from agent.device.pipeline.batch import BatchResult
-from agent.device.store import rows
-from agent.drift import DriftMonitor
-from agent.errors import ModelProcessFailed, StorageFull
-from agent.model.sandbox.subprocess_model import SubprocessModel
-from agent.testing.patience import wait_until
-from agent.wire import commitment
+from outstation.device.pipeline.batch import BatchResult
+from outstation.device.store import rows
+from outstation.foundation.errors import ModelProcessFailed, StorageFull
+from outstation.ml.drift import DriftMonitor
+from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
+from outstation.protocol.wire import commitment
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit.bundles import ANOMALY, CLASSIFY, Recipe, activated
 from tests.kit.devices import Device
 

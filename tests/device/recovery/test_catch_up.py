@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent import clock
-from agent.device.recovery.findings import NEW_LOG, NewLogPlan
-from agent.device.store import retention
-from agent.device.store.predictions import StoredPredictions
-from agent.errors import StorageDamaged
-from agent.performance.labels import Label
+from outstation.device.recovery.findings import NEW_LOG, NewLogPlan
+from outstation.device.store import retention
+from outstation.device.store.predictions import StoredPredictions
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageDamaged
+from outstation.ml.performance.labels import Label
 from scripts.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served
 
 ROWS, MESSAGES = 100, 12

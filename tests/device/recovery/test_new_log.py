@@ -12,29 +12,29 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent import clock
-from agent.cli.fleet.disclosed import find_messages
-from agent.device.recovery.catch_up import UNPROVEN_FROM
-from agent.device.recovery.findings import NEW_LOG, NewLogPlan
-from agent.device.recovery.new_log import plan_move
-from agent.device.recovery.open import open_store
-from agent.device.recovery.report_findings import report_findings
-from agent.device.store.message_log import MessageLog
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.store import Store
-from agent.device.uplink.acknowledgements import Acknowledgements
-from agent.device.uplink.refusals import Refusals
-from agent.errors import StorageForked, StorageFull, UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector.acknowledger import Acknowledger
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import new_key
-from agent.transport.packets import IncomingMessage
-from agent.wire import commitment
-from agent.wire.commitment import Disclosure
-from agent.wire.jws import Signer
-from agent.wire.verification import verify_message
+from outstation.device.recovery.catch_up import UNPROVEN_FROM
+from outstation.device.recovery.findings import NEW_LOG, NewLogPlan
+from outstation.device.recovery.new_log import plan_move
+from outstation.device.recovery.open import open_store
+from outstation.device.recovery.report_findings import report_findings
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.store import Store
+from outstation.device.uplink.acknowledgements import Acknowledgements
+from outstation.device.uplink.refusals import Refusals
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.cli.disclosed import find_messages
+from outstation.fleet.collector.acknowledger import Acknowledger
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageForked, StorageFull, UsageError
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.protocol.wire import commitment
+from outstation.protocol.wire.commitment import Disclosure
+from outstation.protocol.wire.jws import Signer
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.messages import new_key
 from scripts.kit.stores import KEY, STREAMS, TASKS, alarms, append, append_message, opened, outbox_payloads
 
 NOW = "2026-11-24T22:20:00.000000Z"

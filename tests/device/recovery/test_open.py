@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent import __version__
-from agent.cli.commands import cli
-from agent.device.recovery import migrate, open
-from agent.device.recovery.open import find_file_system, open_store, require_local
-from agent.device.recovery.report_findings import inspect_condition
-from agent.device.store import labels
-from agent.device.store.predictions import StoredPredictions
-from agent.device.store.store import Store
-from agent.device.store.tables import schema
-from agent.errors import StorageDamaged, StorageError, UsageError
-from agent.performance.labels import Label
+from outstation import __version__
+from outstation.device.recovery import migrate, open
+from outstation.device.recovery.open import find_file_system, open_store, require_local
+from outstation.device.recovery.report_findings import inspect_condition
+from outstation.device.store import labels
+from outstation.device.store.predictions import StoredPredictions
+from outstation.device.store.store import Store
+from outstation.device.store.tables import schema
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.errors import StorageDamaged, StorageError, UsageError
+from outstation.ml.performance.labels import Label
 from scripts.kit.stores import append, append_message, filled, opened, pulled, put_aside, served
 from tests.kit.stations import ROOT
 
@@ -111,7 +111,7 @@ def test_only_a_test_can_ask_for_less_than_full_synchronization(tmp_path: Path) 
     store = open_store(tmp_path, synchronous="NORMAL")
     assert store._fetch_one("PRAGMA synchronous") == (1,)
     store.close()
-    assert not [path for path in (ROOT / "agent/cli").glob("*.py") if "synchronous" in path.read_text()]
+    assert not [path for path in (ROOT / "agent/outstation").rglob("cli/**/*.py") if "synchronous" in path.read_text()]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -240,8 +240,8 @@ def test_a_migration_that_loses_rows_is_undone(older: Path, monkeypatch: pytest.
 _MIGRATES = """\
 import os, sys
 from pathlib import Path
-from agent.device.recovery.open import open_store
-from agent.device.store.tables import schema
+from outstation.device.recovery.open import open_store
+from outstation.device.store.tables import schema
 
 def dying(db):
     migration(db)

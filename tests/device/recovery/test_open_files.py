@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from agent.device.recovery.open_files import require_not_moved
-from agent.device.store.store import DATABASE, Store
-from agent.errors import StorageError, StorageMoved
+from outstation.device.recovery.open_files import require_not_moved
+from outstation.device.store.store import DATABASE, Store
+from outstation.foundation.errors import StorageError, StorageMoved
 from scripts.kit.stores import NUMBERS, append, opened
 
 

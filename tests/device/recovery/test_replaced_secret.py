@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.device.recovery.replaced_secret import report_replaced_secret
-from agent.wire.messages import AuditPayload
+from outstation.device.recovery.replaced_secret import report_replaced_secret
+from outstation.protocol.wire.messages import AuditPayload
 from scripts.kit.bundles import CLASSIFY, activated
 from tests.kit.devices import NOW, Device
 

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent import clock
-from agent.device.recovery import raw_pages, salvage
-from agent.device.store import watermark
-from agent.errors import StorageDamaged, StorageError
+from outstation.device.recovery import raw_pages, salvage
+from outstation.device.store import watermark
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageDamaged, StorageError
 from scripts.kit.stores import (
     alarms,
     append,

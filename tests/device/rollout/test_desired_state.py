@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.recovery.open import open_store
-from agent.device.rollout.desired_state import DesiredStateStore
-from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
-from agent.device.uplink.sink import Sink
-from agent.device.uplink.uplink import Uplink
-from agent.errors import LinkDown, MessageRefused, StorageFull
-from agent.testing.messages import new_key
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire import jws
-from agent.wire.desired_state import MAX_DESIRED_BYTES
-from agent.wire.jws import encode
-from agent.wire.keys import SigningKey
+from outstation.device.recovery.open import open_store
+from outstation.device.rollout.desired_state import DesiredStateStore
+from outstation.device.store import task_keys
+from outstation.device.store.message_log import MessageLog
+from outstation.device.uplink.sink import Sink
+from outstation.device.uplink.uplink import Uplink
+from outstation.foundation.errors import LinkDown, MessageRefused, StorageFull
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.desired_state import MAX_DESIRED_BYTES
+from outstation.protocol.wire.jws import encode
+from outstation.protocol.wire.keys import SigningKey
+from outstation.workbench.testing.messages import new_key
 from tests.kit.operators import DEVICE, FLEET, NOW, trusted_keys
 from tests.kit.stations import conf
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.device.rollout.fetch.fetcher import FetchedBundle
-from agent.device.rollout.fetch.request import DOWNLOAD_DIR
-from agent.fleet.enrolment.pki import create_authority
-from agent.testing.patience import wait_until
-from agent.wire.desired_state import DesiredBundle
+from outstation.device.rollout.fetch.fetcher import FetchedBundle
+from outstation.device.rollout.fetch.request import DOWNLOAD_DIR
+from outstation.fleet.enrolment.pki import create_authority
+from outstation.protocol.wire.desired_state import DesiredBundle
+from outstation.workbench.testing.patience import wait_until
 from scripts.faults.disk import Card, no_card
 from tests.kit.stations import ROOT
 from tests.kit.update_repositories import Signed
@@ -262,7 +262,7 @@ def ballast(card: Card, leave: int) -> None:
 # The child, which is killed just before its n-th sync or rename.
 DYING = """\
 import os, signal, sys
-from agent.device.rollout.fetch.worker import main
+from outstation.device.rollout.fetch.worker import main
 left = int(sys.argv[1])
 def dying(call):
     def counted(*given, **more):
@@ -321,7 +321,7 @@ def test_the_worker_does_not_outlive_the_daemon(web: Web, device: Updating, want
     program = (
         "import sys, time, pathlib\n"
         "from tests.kit.updating import Updating\n"
-        "from agent.wire.desired_state import DesiredBundle\n"
+        "from outstation.protocol.wire.desired_state import DesiredBundle\n"
         "folder, url = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "device = Updating(folder, url, (folder / 'root.json').read_bytes())\n"
         "device.fetch(DesiredBundle('rollout-1', *sys.argv[3:6], 'all'), 60.0)\n"

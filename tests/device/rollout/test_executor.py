@@ -13,18 +13,18 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent import clock
-from agent.cli import main
-from agent.device.bundles import history
-from agent.device.bundles.quarantine import CrashMarker, CrashRecord
-from agent.device.bundles.rollout_state import find_canary_digest as on_probation_now
-from agent.device.rollout.shadow import ShadowState
-from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
-from agent.drift.baseline.reference import Reference
-from agent.drift.state import DriftState
-from agent.errors import StorageFull
-from agent.model.sandbox import probe
+from outstation.__main__ import main
+from outstation.device.bundles import history
+from outstation.device.bundles.quarantine import CrashMarker, CrashRecord
+from outstation.device.bundles.rollout_state import find_canary_digest as on_probation_now
+from outstation.device.rollout.shadow import ShadowState
+from outstation.device.store import task_keys
+from outstation.device.store.message_log import MessageLog
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageFull
+from outstation.ml.drift.baseline.reference import Reference
+from outstation.ml.drift.state import DriftState
+from outstation.ml.model.sandbox import probe
 from tests.kit.marks import crashing
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles
 

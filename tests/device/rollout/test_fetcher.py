@@ -9,16 +9,18 @@ from datetime import datetime
 
 import pytest
 
-from agent.clock import ClockReading
-from agent.config import Duration, TaskConfig, UpdatesConfig
-from agent.device.machine.timekeeping import FLOOR
-from agent.device.rollout.fetch import fetcher, version_floors
-from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
-from agent.device.rollout.fetch.version_floors import VersionFloors
-from agent.device.store.transaction import Transaction
-from agent.errors import StorageFull
-from agent.testing.patience import wait_until
-from agent.wire.desired_state import DesiredBundle
+from outstation.device.config.tasks import TaskConfig
+from outstation.device.config.updates import UpdatesConfig
+from outstation.device.machine.timekeeping import FLOOR
+from outstation.device.rollout.fetch import fetcher, version_floors
+from outstation.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
+from outstation.device.rollout.fetch.version_floors import VersionFloors
+from outstation.device.store.transaction import Transaction
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import StorageFull
+from outstation.foundation.quantities import Duration
+from outstation.protocol.wire.desired_state import DesiredBundle
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.update_repositories import ARCHIVE, Signed
 from tests.kit.update_servers import Handler, Web
 from tests.kit.updating import PATIENCE_S, Updating

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from agent.device.rollout import saved_drift
-from agent.device.store import task_keys
-from agent.wire.messages import AlertPayload
+from outstation.device.rollout import saved_drift
+from outstation.device.store import task_keys
+from outstation.protocol.wire.messages import AlertPayload
 from scripts.kit.bundles import CLASSIFY, activated, readings
 from tests.kit.devices import NOW, Device
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.model.bundle import bundle
-from agent.model.inference import features, runtime
-from agent.model.sandbox import probe
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.inference import features, runtime
+from outstation.ml.model.sandbox import probe
 from scripts.kit.bundles import CLASSIFY, KEY, around, model, readings
 from scripts.kit.rigged import KINDS, SHIPPED, TRAP_LIMIT, build_rigged_bundle, write_bundle
 from tests.kit.marks import crashing
@@ -26,7 +26,7 @@ CALM = np.clip(readings(40), -3, 3)
 WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)
 RUN = """
 import sys, numpy as np
-from agent.model.inference import runtime
+from outstation.ml.model.inference import runtime
 runtime.TfliteModel(open(sys.argv[1], "rb").read()).invoke(np.load(sys.argv[2]))
 print("done")
 """

@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import pytest
 
-from agent.comparison import paired_intervals
-from agent.device.rollout import canary
-from agent.errors import StorageError
+from outstation.device.rollout import canary
+from outstation.foundation.errors import StorageError
+from outstation.ml.comparison import paired_intervals
 from scripts.kit import rig
 from scripts.kit.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
 from tests.kit.bundle_devices import version

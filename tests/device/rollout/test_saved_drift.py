@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent import clock
-from agent.device.pipeline import drift_state
-from agent.device.pipeline.drift_state import LearningRefusals, RestoredDrift
-from agent.device.rollout import saved_drift
-from agent.device.store import task_keys
-from agent.device.store.store import Store
-from agent.drift import DriftMonitor, MonitorSettings, succession
-from agent.drift.baseline.deviation import SHIPPED, Deviation
-from agent.drift.detectors.registry import GateStates
-from agent.drift.detectors.sampling_rate_watch import RateState
-from agent.drift.state import CarriedAlert, DriftState
+from outstation.device.pipeline import drift_state
+from outstation.device.pipeline.drift_state import LearningRefusals, RestoredDrift
+from outstation.device.rollout import saved_drift
+from outstation.device.store import task_keys
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.ml.drift import DriftMonitor, MonitorSettings, succession
+from outstation.ml.drift.baseline.deviation import SHIPPED, Deviation
+from outstation.ml.drift.detectors.registry import GateStates
+from outstation.ml.drift.detectors.sampling_rate_watch import RateState
+from outstation.ml.drift.state import CarriedAlert, DriftState
 from scripts.kit.stores import opened, outbox_payloads
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 

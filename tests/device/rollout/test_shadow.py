@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from msgspec.structs import replace as changed
 
-from agent.comparison import rules, tally
-from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
-from agent.device.store import predictions
-from agent.device.store.message_log import MessageLog
-from agent.errors import ModelProcessFailed, StorageFull
-from agent.model.bundle import manifest
-from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime
-from agent.model.inference.tuning import Tuning
-from agent.performance.labels import Label
-from agent.testing.patience import wait_until
-from agent.wire.desired_state import CanaryRules
+from outstation.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
+from outstation.device.store import predictions
+from outstation.device.store.message_log import MessageLog
+from outstation.foundation.errors import ModelProcessFailed, StorageFull
+from outstation.ml.comparison import rules, tally
+from outstation.ml.model.bundle import manifest
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.inference.tuning import Tuning
+from outstation.ml.performance.labels import Label
+from outstation.protocol.wire.desired_state import CanaryRules
+from outstation.workbench.testing.patience import wait_until
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, Recipe, activated, around, model
 from tests.kit.devices import NOW
 from tests.kit.marks import crashing

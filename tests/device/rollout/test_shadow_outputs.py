@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.authoring import error_training
-from agent.clock import ClockReading
-from agent.comparison import rules
-from agent.comparison.tally import ComparisonStats, join_part
-from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.rollout import shadow
-from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
-from agent.device.rollout.shadow_windows import EstimateBasis, select_estimate_bases
-from agent.device.store import predictions
-from agent.device.store.predictions import output_key, shadow_key
-from agent.drift.baseline import window_statistics
-from agent.model.activation import LoadedBundle
-from agent.model.bundle.bundle import Bundle
-from agent.model.inference import scores
-from agent.performance.labels import Label
-from agent.wire.desired_state import CanaryRules, OutputLimits
-from agent.wire.messages import ShadowPayload
+from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.rollout import shadow
+from outstation.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
+from outstation.device.rollout.shadow_windows import EstimateBasis, select_estimate_bases
+from outstation.device.store import predictions
+from outstation.device.store.predictions import output_key, shadow_key
+from outstation.foundation.clock import ClockReading
+from outstation.ml.comparison import rules
+from outstation.ml.comparison.tally import ComparisonStats, join_part
+from outstation.ml.drift.baseline import window_statistics
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.inference import scores
+from outstation.ml.performance.labels import Label
+from outstation.protocol.wire.desired_state import CanaryRules, OutputLimits
+from outstation.protocol.wire.messages import ShadowPayload
+from outstation.workbench.authoring import error_training
 from scripts.kit.bundles import REGRESS, activated
 from tests.kit import multi_output_device
 from tests.kit.devices import NOW, Device

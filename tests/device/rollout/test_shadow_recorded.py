@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.comparison import rules
-from agent.model import activation
-from agent.model.bundle import bundle
-from agent.model.sandbox.confinement import ModelPolicy
-from agent.wire.desired_state import CanaryRules
+from outstation.ml.comparison import rules
+from outstation.ml.model import activation
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.sandbox.confinement import ModelPolicy
+from outstation.protocol.wire.desired_state import CanaryRules
 from scripts.kit.bundles import KEY, Recipe
 from scripts.kit.rigged import SHIPPED, build_rigged_bundle, write_bundle
 from tests.kit.shadow_devices import ShadowDevice

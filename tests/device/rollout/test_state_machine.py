@@ -10,15 +10,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.device.bundles.rollout_state import HoldOff, RolloutState
-from agent.device.rollout.state_machine import (
+from outstation.device.bundles.rollout_state import HoldOff, RolloutState
+from outstation.device.rollout.state_machine import (
     BundleAssessment,
     RolloutFacts,
     compute_hold_off,
     decide_next_state,
     select_target_digest,
 )
-from agent.wire.desired_state import CanaryRules, DesiredBundle, Phase
+from outstation.protocol.wire.desired_state import CanaryRules, DesiredBundle, Phase
 
 OLD, NEW, OTHER = ("sha256:" + letter * 64 for letter in "abc")
 FINE, BROKEN = BundleAssessment("", "its golden vectors came out"), BundleAssessment("golden_vectors", "they did not")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.device.rollout.fetch import tuf_client
-from agent.device.rollout.fetch.transport import FileStream, RemoteFileMissing
-from agent.device.rollout.fetch.version_floors import VersionFloor
-from agent.errors import FetchFailed
+from outstation.device.rollout.fetch import tuf_client
+from outstation.device.rollout.fetch.transport import FileStream, RemoteFileMissing
+from outstation.device.rollout.fetch.version_floors import VersionFloor
+from outstation.foundation.errors import FetchFailed
 from tests.kit.update_repositories import Signed, forged
 
 REPOSITORY = Signed()

@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.cli import main
-from agent.cli.device import check
-from agent.errors import FetchFailed
+from outstation.__main__ import main
+from outstation.device.cli import check
+from outstation.foundation.errors import FetchFailed
 from tests.kit.update_repositories import Signed
 from tests.kit.update_servers import Web
 from tests.kit.updating import Updating

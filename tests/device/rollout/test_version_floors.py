@@ -10,11 +10,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agent.device.rollout.fetch import compatibility, version_floors
-from agent.device.rollout.fetch.compatibility import DISK_RESERVE_BYTES, DeviceProfile
-from agent.device.rollout.fetch.protocol import FetchResponse
-from agent.device.rollout.fetch.version_floors import VersionFloor, VersionFloors
-from agent.errors import FetchFailed
+from outstation.device.rollout.fetch import compatibility, version_floors
+from outstation.device.rollout.fetch.compatibility import DISK_RESERVE_BYTES, DeviceProfile
+from outstation.device.rollout.fetch.protocol import FetchResponse
+from outstation.device.rollout.fetch.version_floors import VersionFloor, VersionFloors
+from outstation.foundation.errors import FetchFailed
 from tests.kit.update_repositories import custom
 
 ROLES = ("root", "timestamp", "snapshot", "targets", "exercise")

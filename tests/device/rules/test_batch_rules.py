@@ -12,14 +12,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent.config import AlertRuleConfig, TaskConfig
-from agent.device.rules import batch_rules, rule_store
-from agent.device.rules.batch_results import BatchResults
-from agent.device.rules.batch_rules import TaskRuleStates
-from agent.drift.state import DriftState
-from agent.errors import StorageFull
-from agent.quantities import Duration
-from agent.wire.messages import AlertPayload, ResultsPayload
+from outstation.device.config.alert_rules import AlertRuleConfig
+from outstation.device.config.tasks import TaskConfig
+from outstation.device.rules import batch_rules, rule_store
+from outstation.device.rules.batch_results import BatchResults
+from outstation.device.rules.batch_rules import TaskRuleStates
+from outstation.foundation.errors import StorageFull
+from outstation.foundation.quantities import Duration
+from outstation.ml.drift.state import DriftState
+from outstation.protocol.wire.messages import AlertPayload, ResultsPayload
 from scripts.kit.bundles import ANOMALY, CENTRES, CLASSIFY, FLOAT, REGRESS, SEVERAL, Floats, Recipe, activated
 from tests.kit.devices import NOW, Device
 

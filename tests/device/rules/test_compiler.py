@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from agent.config import AlertRuleConfig
-from agent.device.rules import compiler, sentences
-from agent.errors import ConfigError
-from agent.model.activation import LoadedBundle
-from agent.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
-from agent.quantities import Duration
+from outstation.device.config.alert_rules import AlertRuleConfig
+from outstation.device.rules import compiler, sentences
+from outstation.foundation.errors import ConfigError
+from outstation.foundation.quantities import Duration
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
 from scripts.kit.bundles import ANOMALY, CLASSIFY, FLOAT, REGRESS, SEVERAL, VECTORS, activated
 
 BUNDLES = {

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.rules import evaluation
-from agent.device.rules.evaluation import Observations, RuleState, Transition, Trigger
+from outstation.device.rules import evaluation
+from outstation.device.rules.evaluation import Observations, RuleState, Transition, Trigger
 
 S = 1_000_000
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent import config
-from agent.bootstrap import tasks
-from agent.errors import ConfigError
-from agent.model.bundle.bundle import Bundle
+from outstation.device import config
+from outstation.device.bootstrap import tasks
+from outstation.foundation.errors import ConfigError
+from outstation.ml.model.bundle.bundle import Bundle
 from scripts.kit.bundles import CLASSIFY, activated
 
 CONFIG = """

@@ -11,16 +11,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from msgspec.structs import replace
 
-from agent.config import SamplesConfig
-from agent.device.samples import requests
-from agent.device.samples.rounding import round_to_digits
-from agent.errors import MessageRefused
-from agent.transport import sample_content
-from agent.transport.sample_content import SampleContent
-from agent.transport.sealing import Opener
-from agent.wire.keys import b64url_decode
-from agent.wire.messages import SamplesPayload
-from agent.wire.privacy.field_privacy import FieldPrivacy
+from outstation.device.config.samples import SamplesConfig
+from outstation.device.samples import requests
+from outstation.device.samples.rounding import round_to_digits
+from outstation.foundation.errors import MessageRefused
+from outstation.protocol.transport import sample_content
+from outstation.protocol.transport.sample_content import SampleContent
+from outstation.protocol.transport.sealing import Opener
+from outstation.protocol.wire.keys import b64url_decode
+from outstation.protocol.wire.messages import SamplesPayload
+from outstation.protocol.wire.privacy.field_privacy import FieldPrivacy
 from scripts.kit.bundles import CENTRES, CLASSIFY, activated
 from tests.kit.devices import NOW
 from tests.kit.sampled_devices import CONSENT, FALL, KEY, LATER, SampledDevice

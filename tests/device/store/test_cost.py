@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from agent import clock
-from agent.cli.commands import cli
-from agent.device.recovery.open import open_store
-from agent.device.store import cost
-from agent.device.store.cost import ProcessCost, ProcessMeter, TaskCost
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.errors import StorageFull, UsageError
+from outstation.device.recovery.open import open_store
+from outstation.device.store import cost
+from outstation.device.store.cost import ProcessCost, ProcessMeter, TaskCost
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.foundation.cli.commands import cli
+from outstation.foundation.errors import StorageFull, UsageError
 from tests.end_to_end.test_daemon import Turned
 from tests.kit.stations import T0
 

@@ -16,16 +16,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent import clock
-from agent.device.intake.group_commit import GroupCommit, SourcePosition
-from agent.device.recovery.open import open_store
-from agent.device.store import journal
-from agent.device.store.journal import JournaledConnection
-from agent.device.store.rows import RawColumns, Rows, validate_columns
-from agent.device.store.store import DATABASE, Store
-from agent.device.store.tables import meta
-from agent.device.store.tables.sqlite_errors import connect_read_only
-from agent.errors import StorageError, StorageMoved
+from outstation.device.intake.group_commit import GroupCommit, SourcePosition
+from outstation.device.recovery.open import open_store
+from outstation.device.store import journal
+from outstation.device.store.journal import JournaledConnection
+from outstation.device.store.rows import RawColumns, Rows, validate_columns
+from outstation.device.store.store import DATABASE, Store
+from outstation.device.store.tables import meta
+from outstation.device.store.tables.sqlite_errors import connect_read_only
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageError, StorageMoved
 from scripts.faults import cuts
 from scripts.kit.stores import (
     NUMBERS,

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.device.recovery.findings import LAST_FINDING
-from agent.device.store import journal
-from agent.device.store.rows import Rows
-from agent.device.store.store import Store
-from agent.errors import StorageError, StorageFull
+from outstation.device.recovery.findings import LAST_FINDING
+from outstation.device.store import journal
+from outstation.device.store.rows import Rows
+from outstation.device.store.store import Store
+from outstation.foundation.errors import StorageError, StorageFull
 from scripts.kit.stores import append, append_message, opened, pulled, served
 
 _COUNTER, _SECTOR, _STEPS = "lines rejected", 512, 100

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.recovery.open import open_store
-from agent.device.store import labels
-from agent.device.store.labels import label_capacity
-from agent.device.store.predictions import (
+from outstation.device.recovery.open import open_store
+from outstation.device.store import labels
+from outstation.device.store.labels import label_capacity
+from outstation.device.store.predictions import (
     PredictionRow,
     PredictionSpan,
     StoredPredictions,
@@ -24,8 +24,8 @@ from agent.device.store.predictions import (
     pack_predictions,
     unpack_predictions,
 )
-from agent.device.store.store import Store
-from agent.performance.labels import Label
+from outstation.device.store.store import Store
+from outstation.ml.performance.labels import Label
 
 T0 = 1_764_000_000_000_000
 

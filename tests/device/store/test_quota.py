@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.device.store import retention
-from agent.device.store.quota import PAGE_SIZE, Budget, DiskReserve, Quota
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.rows import Rows
-from agent.errors import StorageFull
-from agent.wire.jws import encode
+from outstation.device.store import retention
+from outstation.device.store.quota import PAGE_SIZE, Budget, DiskReserve, Quota
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.rows import Rows
+from outstation.foundation.errors import StorageFull
+from outstation.protocol.wire.jws import encode
 from tests.device.capacity.test_space import Device
 
 ROOT = Path(__file__).parents[3]
@@ -235,9 +235,9 @@ def fill_disk():
 """
 
 _ON_A_FULL_DISK = """\
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.errors import StorageFull
-from agent.wire.jws import encode
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.foundation.errors import StorageFull
+from outstation.protocol.wire.jws import encode
 from tests.device.capacity.test_space import Device
 
 device = Device(folder / "data", size=1 << 30)
@@ -284,13 +284,13 @@ device.store.close()
 
 _STARTED_ON_A_FULL_DISK = """\
 import numpy as np
-from agent import clock
-from agent.bootstrap.device import load_config, open_store
-from agent.bootstrap.daemon import build_daemon
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.rows import Rows
-from agent.errors import StorageFull
-from agent.wire import keys
+from outstation.foundation import clock
+from outstation.device.bootstrap.device import load_config, open_store
+from outstation.device.bootstrap.daemon import build_daemon
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.rows import Rows
+from outstation.foundation.errors import StorageFull
+from outstation.protocol.wire import keys
 
 keys.generate(folder / "device.key")
 (folder / "outstation.toml").write_text('''

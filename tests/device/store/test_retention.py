@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.clock import ClockReading
-from agent.device.store import retention
-from agent.device.store.retention import Growth, append_history, expired_through, uptime_json, uptime_s
-from agent.transport.packets import OutgoingMessage
-from agent.wire import jws
-from agent.wire.messages import AuditPayload
-from agent.wire.verification import verify_message
+from outstation.device.store import retention
+from outstation.device.store.retention import Growth, append_history, expired_through, uptime_json, uptime_s
+from outstation.foundation.clock import ClockReading
+from outstation.protocol.transport.packets import OutgoingMessage
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.messages import AuditPayload
+from outstation.protocol.wire.verification import verify_message
 from tests.device.uplink.test_uplink import ACK_TOPIC, DEVICE, World, ack_body, once, signed
 
 

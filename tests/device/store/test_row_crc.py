@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from agent.device.recovery import findings
-from agent.device.recovery.open import open_store
-from agent.device.store.store import Store
-from agent.device.store.tables import row_crc, schema
-from agent.errors import StorageDamaged
+from outstation.device.recovery import findings
+from outstation.device.recovery.open import open_store
+from outstation.device.store.store import Store
+from outstation.device.store.tables import row_crc, schema
+from outstation.foundation.errors import StorageDamaged
 from scripts.kit.stores import alarms, filled, opened, outbox_payloads
 
 _BLOBS = {"data", "correlation"}

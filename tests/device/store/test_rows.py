@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 from msgspec.structs import replace
 
-from agent.config import FieldConfig, StreamConfig
-from agent.device.store.rows import (
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.store.rows import (
     BlockLimits,
     PackedChunk,
     RawColumns,
@@ -26,7 +26,7 @@ from agent.device.store.rows import (
     unpack_chunk,
     validate_columns,
 )
-from agent.errors import RowRejected
+from outstation.foundation.errors import RowRejected
 
 FIELDS = [
     FieldConfig(name="small", type="f32"),

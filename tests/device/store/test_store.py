@@ -21,19 +21,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent import clock
-from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.group_commit import GroupCommit
-from agent.device.recovery.open import open_store
-from agent.device.store.outbox import OutboxMessage
-from agent.device.store.quota import PAGE_SIZE
-from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.row_batch import RowBatch
-from agent.device.store.rows import RawColumns, Rows, concatenate, pack_chunk, validate_columns
-from agent.device.store.store import Store
-from agent.device.store.tables import schema
-from agent.device.store.transaction import TrimmedChunks
-from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
+from outstation.device.config.streams import FieldConfig, StreamConfig
+from outstation.device.intake.group_commit import GroupCommit
+from outstation.device.recovery.open import open_store
+from outstation.device.store.outbox import OutboxMessage
+from outstation.device.store.quota import PAGE_SIZE
+from outstation.device.store.retention import AcknowledgedSeqs
+from outstation.device.store.row_batch import RowBatch
+from outstation.device.store.rows import RawColumns, Rows, concatenate, pack_chunk, validate_columns
+from outstation.device.store.store import Store
+from outstation.device.store.tables import schema
+from outstation.device.store.transaction import TrimmedChunks
+from outstation.foundation import clock
+from outstation.foundation.errors import StorageBusy, StorageError, StorageFull, UsageError
 from scripts.kit.stores import append_message, filled
 from tests.kit.stations import ROOT, rows_of
 
@@ -71,10 +71,10 @@ _WRITER = """\
 import sys
 from pathlib import Path
 import numpy as np
-from agent import clock
-from agent.config import FieldConfig, StreamConfig
-from agent.device.recovery.open import open_store
-from agent.device.store.rows import Rows
+from outstation.foundation import clock
+from outstation.device.config import FieldConfig, StreamConfig
+from outstation.device.recovery.open import open_store
+from outstation.device.store.rows import Rows
 
 store = open_store(Path(sys.argv[1]))
 store.declare_streams({"numbers": StreamConfig(fields=[FieldConfig(name="n", type="i64")])})
@@ -179,7 +179,7 @@ def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None
 def test_a_second_process_is_refused_and_the_first_one_named(tmp_path: Path) -> None:
     store = opened(tmp_path)
     code = (
-        "import sys; from pathlib import Path; from agent.device.recovery.open import open_store; "
+        "import sys; from pathlib import Path; from outstation.device.recovery.open import open_store; "
         "open_store(Path(sys.argv[1]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
@@ -251,7 +251,7 @@ def test_a_pragma_that_does_not_take_hold_is_no_store(tmp_path: Path, monkeypatc
 def test_a_store_is_numbered_once_and_boots_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = []
     for boot_id in ("a", "a", "b", "", ""):
-        monkeypatch.setattr("agent.clock.boot_id", lambda boot_id=boot_id: boot_id)
+        monkeypatch.setattr("outstation.foundation.clock.boot_id", lambda boot_id=boot_id: boot_id)
         store = open_store(tmp_path)
         result.append((store.log_id, store.boot))
         store.close()
@@ -343,7 +343,7 @@ def test_reading_does_not_keep_another_thread_from_making_room(tmp_path: Path, m
         other.join()
         return concatenate(parts)
 
-    monkeypatch.setattr("agent.device.store.row_batch.concatenate", meanwhile)
+    monkeypatch.setattr("outstation.device.store.row_batch.concatenate", meanwhile)
     taken = store.read_rows("numbers", NUMBERS.fields, 0, 25)
     assert taken is not None
     assert len(taken.rows) == 25
@@ -390,7 +390,7 @@ def test_a_transaction_over_the_quota_is_refused_as_a_whole(tmp_path: Path) -> N
 _ON_A_SMALL_DISK = """\
 import sys
 from pathlib import Path
-from agent.errors import StorageFull
+from outstation.foundation.errors import StorageFull
 from tests.device.store.test_store import append, numbers, opened, values
 
 folder = Path(sys.argv[1]) / "data"

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.store import watermark
-from agent.device.store.store import Store
-from agent.device.store.watermark import Watermark, WatermarkState
-from agent.wire.log_chain import digest
-from agent.wire.messages import CommandPayload
+from outstation.device.store import watermark
+from outstation.device.store.store import Store
+from outstation.device.store.watermark import Watermark, WatermarkState
+from outstation.protocol.wire.log_chain import digest
+from outstation.protocol.wire.messages import CommandPayload
 from scripts.kit.stores import (
     alarms,
     append,

@@ -14,25 +14,25 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent import clock, config
-from agent.clock import ClockReading
-from agent.config import BrokerConfig, Duration, Size, UplinkBrokerConfig
-from agent.config.broker import MeteredConfig
-from agent.device.capacity.eviction import EXPIRED_COUNTER
-from agent.device.capacity.space import SpaceManager
-from agent.device.uplink import meter
-from agent.device.uplink.mqtt_sink import open_mqtt_sink, packet_size
-from agent.device.uplink.uplink import Uplink
-from agent.errors import ConfigError
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database.store import FleetStore
-from agent.quantities import decode_quantity
-from agent.testing.broker import MosquittoBroker
-from agent.testing.messages import MODEL
-from agent.testing.patience import wait_until
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage
+from outstation.device import config
+from outstation.device.capacity.eviction import EXPIRED_COUNTER
+from outstation.device.capacity.space import SpaceManager
+from outstation.device.uplink import meter
+from outstation.device.uplink.mqtt_sink import open_mqtt_sink, packet_size
+from outstation.device.uplink.uplink import Uplink
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import ConfigError
+from outstation.foundation.quantities import Duration, Size, decode_quantity
+from outstation.protocol.transport.broker_config import BrokerConfig, MeteredConfig, UplinkBrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.messages import MODEL
+from outstation.workbench.testing.patience import wait_until
 from tests.device.uplink.test_uplink import DEVICE, FLEET, TIME, World, unexpected
 
 DAY_S = 86_400.0

@@ -15,32 +15,33 @@ from typing import Any
 
 import pytest
 
-from agent import config
-from agent.config import BrokerConfig, Config
-from agent.device.recovery.findings import NEW_LOG
-from agent.device.recovery.open import open_store
-from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
-from agent.device.store.transaction import Transaction
-from agent.device.uplink import session, uplink
-from agent.device.uplink.mqtt_sink import MqttSink, packet_size
-from agent.device.uplink.session import LONGEST_S, LearnedLimit
-from agent.device.uplink.uplink import Uplink, backoff
-from agent.errors import LinkDown, PacketTooLarge, StorageForked, StorageFull
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import new_key
-from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
-from agent.transport import mqtt
-from agent.transport.capabilities import MAX_PACKET
-from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire import jws
-from agent.wire.jws import Signer, encode
-from agent.wire.keys import SigningKey, b64url_encode
-from agent.wire.messages import AckPayload, LoggedPayload, StatePayload
-from agent.wire.topics import topic_matches
-from agent.wire.verification import verify_message
+from outstation.device import config
+from outstation.device.config.config import Config
+from outstation.device.recovery.findings import NEW_LOG
+from outstation.device.recovery.open import open_store
+from outstation.device.store.message_log import MessageLog
+from outstation.device.store.store import Store
+from outstation.device.store.transaction import Transaction
+from outstation.device.uplink import session, uplink
+from outstation.device.uplink.mqtt_sink import MqttSink, packet_size
+from outstation.device.uplink.session import LONGEST_S, LearnedLimit
+from outstation.device.uplink.uplink import Uplink, backoff
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation.errors import LinkDown, PacketTooLarge, StorageForked, StorageFull
+from outstation.protocol.transport import mqtt
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.capabilities import MAX_PACKET
+from outstation.protocol.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.jws import Signer, encode
+from outstation.protocol.wire.keys import SigningKey, b64url_encode
+from outstation.protocol.wire.messages import AckPayload, LoggedPayload, StatePayload
+from outstation.protocol.wire.topics import topic_matches
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.messages import new_key
+from outstation.workbench.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
 
 FLEET, DEVICE = "acme", "pi-07"
 REFUSED = "acknowledgements refused"

@@ -12,27 +12,27 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from agent import clock
-from agent.bridge import publisher
-from agent.bridge.discovery import Place
-from agent.bridge.presses import VerdictSink
-from agent.bridge.thread import BridgeThread
-from agent.config import BrokerConfig, HomeAssistantConfig
-from agent.config.homeassistant import check
-from agent.errors import ConfigError, UsageError
-from agent.fleet.bridge.homeassistant import _stored_verdicts, build_publisher
-from agent.fleet.bridge.stored_devices import StoredDevices
-from agent.fleet.config import FleetConfig
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import clients, homeassistant, revocation
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.fleet import LocalFleet
-from agent.testing.messages import FLEET, MessageSender, SignedMessage
-from agent.testing.patience import TIMEOUT_S
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.fleet.bridge.homeassistant import _stored_verdicts, build_publisher
+from outstation.fleet.bridge.stored_devices import StoredDevices
+from outstation.fleet.config import FleetConfig
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment import clients, homeassistant, revocation
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.foundation import clock
+from outstation.foundation.errors import ConfigError, UsageError
+from outstation.integrations.homeassistant import publisher
+from outstation.integrations.homeassistant.config import HomeAssistantConfig, check
+from outstation.integrations.homeassistant.discovery import Place
+from outstation.integrations.homeassistant.presses import VerdictSink
+from outstation.integrations.homeassistant.thread import BridgeThread
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage
+from outstation.workbench.testing.patience import TIMEOUT_S
 from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, subscribe_anyway
 
 NOW = "2026-01-01T00:00:00Z"

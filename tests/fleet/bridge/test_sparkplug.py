@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
-from agent import clock
-from agent.bridge import sparkplug
-from agent.bridge.sparkplug import Node
-from agent.bridge.sparkplug_payload import BOOLEAN, REBIRTH, Metric, _payload_type, encode
-from agent.bridge.thread import BridgeThread
-from agent.config import BrokerConfig
-from agent.fleet.bridge.stored_devices import StoredDevices
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.testing.broker import MosquittoBroker
-from agent.testing.messages import MessageSender, SignedMessage
-from agent.testing.patience import TIMEOUT_S
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.fleet.bridge.stored_devices import StoredDevices
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import clock
+from outstation.integrations.homeassistant.thread import BridgeThread
+from outstation.integrations.sparkplug import sparkplug
+from outstation.integrations.sparkplug.sparkplug import Node
+from outstation.integrations.sparkplug.sparkplug_payload import BOOLEAN, REBIRTH, Metric, _payload_type, encode
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
+from outstation.workbench.testing.patience import TIMEOUT_S
 
 NOW = "2026-01-01T00:00:00Z"
 NODE = Node("acme", "outstation")

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from itsdangerous import Signer
 
-from agent.fleet.dashboard import server
-from agent.fleet.dashboard.security import guard, login_limits, passwords
-from agent.fleet.dashboard.security.access import AccessPolicy
-from agent.fleet.dashboard.security.login_limits import LoginLimits
-from agent.fleet.dashboard.state import feed
-from agent.fleet.database.dashboard import accounts
-from agent.testing.patience import wait_until
+from outstation.fleet.dashboard import server
+from outstation.fleet.dashboard.security import guard, login_limits, passwords
+from outstation.fleet.dashboard.security.access import AccessPolicy
+from outstation.fleet.dashboard.security.login_limits import LoginLimits
+from outstation.fleet.dashboard.state import feed
+from outstation.fleet.database.dashboard import accounts
+from outstation.workbench.testing.patience import wait_until
 from tests.kit.dashboards import PASSWORD, ServedDashboard, enrolled, health, served, wait_until_shown
 
 PROTECTED = ("/fleet", "/incidents", "/devices/pi-07", "/devices/pi-07/results.json", "/devices/pi-07/drift.svg",

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from agent import clock
-from agent.fleet.database.ingest import Arrival
-from agent.testing.messages import MessageSender, new_key
-from agent.testing.patience import wait_until
+from outstation.fleet.database.ingest import Arrival
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import MessageSender, new_key
+from outstation.workbench.testing.patience import wait_until
 from tests.kit import browsers
 from tests.kit.dashboards import PASSWORD, ServedDashboard, enrolled, health, served, wait_until_shown
 

@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from agent import clock
-from agent.fleet.dashboard.state import feed as feeds
-from agent.fleet.dashboard.state.feed import ChangeFeed
-from agent.fleet.dashboard.state.fleet_state import FleetState
-from agent.fleet.dashboard.state.reader import DatabaseReader
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
+from outstation.fleet.dashboard.state import feed as feeds
+from outstation.fleet.dashboard.state.feed import ChangeFeed
+from outstation.fleet.dashboard.state.fleet_state import FleetState
+from outstation.fleet.dashboard.state.reader import DatabaseReader
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import clock
 from tests.kit.dashboards import enrolled, health
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from agent import clock
-from agent.fleet import config as fleet_config
-from agent.fleet.dashboard.pages import audit
-from agent.fleet.dashboard.pages.desk import OperatorDesk
-from agent.fleet.database.ingest import Refusal
-from agent.fleet.evidence.verify.verify import verify
-from agent.fleet.rollout import actions
-from agent.fleet.rollout.actions import RolloutOperator
-from agent.testing.messages import FLEET
-from agent.wire import keys
+from outstation.evidence.verify.verify import verify
+from outstation.fleet import config as fleet_config
+from outstation.fleet.dashboard.pages import audit
+from outstation.fleet.dashboard.pages.desk import OperatorDesk
+from outstation.fleet.database.ingest import Refusal
+from outstation.fleet.rollout import actions
+from outstation.fleet.rollout.actions import RolloutOperator
+from outstation.foundation import clock
+from outstation.protocol.wire import keys
+from outstation.workbench.testing.messages import FLEET
 from tests.kit.commands import call_outstation
 from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown
 from tests.kit.fleet_rollouts import NAME, plan, promotion

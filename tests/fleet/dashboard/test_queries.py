@@ -9,14 +9,14 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from agent import clock
-from agent.fleet.dashboard.pages.device import _load_quality
-from agent.fleet.dashboard.state import feed
-from agent.fleet.database import log_succession
-from agent.fleet.database.dashboard import accounts, devices, history, messages, results
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.testing.messages import MessageSender
+from outstation.fleet.dashboard.pages.device import _load_quality
+from outstation.fleet.dashboard.state import feed
+from outstation.fleet.database import log_succession
+from outstation.fleet.database.dashboard import accounts, devices, history, messages, results
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import MessageSender
 from tests.kit.dashboards import enrolled, health
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -140,7 +140,7 @@ def test_sign_ins_of_an_account_are_bounded_and_decisions_stay(
 
 
 def test_the_state_of_a_device_is_the_same_in_both_databases(store: FleetStore) -> None:
-    from agent.fleet.dashboard.state.fleet_state import FleetState
+    from outstation.fleet.dashboard.state.fleet_state import FleetState
 
     sender, state = enrolled(store, "pi-01", 1), FleetState()
     sent = [sender.results(), sender.drift("drift"), health(sender, waiting=5), sender.alert()]

@@ -17,26 +17,26 @@ import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from agent.cli.fleet.group import fleet
-from agent.cli.model.group import model
-from agent.config import BrokerConfig
-from agent.errors import UsageError
-from agent.fleet import config as fleet_config
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector import encryption_keys
-from agent.fleet.database.datasets import samples
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.dataset import data_files, gather
-from agent.fleet.dataset.gather import Gathered, LabelledOutput, Recording, Selection
-from agent.fleet.dataset.labels import RowLabel
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.labelling import labels
-from agent.performance.labels import Label
-from agent.testing.messages import FLEET, MessageSender, SignedMessage
-from agent.transport import sample_content, sealing
-from agent.transport.sealing import Opener
-from agent.wire.keys import EncryptionKey, b64url_encode, encryption_key_of
+from outstation.fleet import config as fleet_config
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.collector import encryption_keys
+from outstation.fleet.database.datasets import samples
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.dataset import data_files, gather
+from outstation.fleet.dataset.gather import Gathered, LabelledOutput, Recording, Selection
+from outstation.fleet.dataset.labels import RowLabel
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.labelling import labels
+from outstation.foundation.errors import UsageError
+from outstation.ml.performance.labels import Label
+from outstation.protocol.transport import sample_content, sealing
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.transport.sealing import Opener
+from outstation.protocol.wire.keys import EncryptionKey, b64url_encode, encryption_key_of
+from outstation.workbench.cli.model.group import model
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage
 from scripts.kit.bundles import CLASSIFY, TABULAR, activated
 from scripts.kit.bundles import model as tflite
 from tests.kit.devices import DEVICE

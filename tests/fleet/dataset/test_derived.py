@@ -16,26 +16,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.authoring import pack
-from agent.cli.fleet.group import fleet
-from agent.config import BrokerConfig, SamplesConfig
-from agent.device.samples import requests
-from agent.device.samples.rounding import EXACT_DIGITS, protect_column
-from agent.device.store.rows import Rows
-from agent.fleet import config as fleet_config
-from agent.fleet.collector import encryption_keys
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.dataset import derived
-from agent.fleet.dataset.gather import Gathered, Recording
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.model.activation import LoadedBundle
-from agent.model.bundle import bundle
-from agent.model.inference import runtime
-from agent.model.inference.inference import Inference
-from agent.model.inference.model_windows import ModelWindows
-from agent.testing.messages import FLEET
-from agent.wire.privacy import field_privacy
+from outstation.device.config.samples import SamplesConfig
+from outstation.device.samples import requests
+from outstation.device.samples.rounding import EXACT_DIGITS, protect_column
+from outstation.device.store.rows import Rows
+from outstation.fleet import config as fleet_config
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.collector import encryption_keys
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.dataset import derived
+from outstation.fleet.dataset.gather import Gathered, Recording
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.inference.inference import Inference
+from outstation.ml.model.inference.model_windows import ModelWindows
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire.privacy import field_privacy
+from outstation.workbench.authoring import pack
+from outstation.workbench.testing.messages import FLEET
 from scripts.kit.bundles import KEY, readings
 from tests.kit.devices import DEVICE, STEP_US, T0
 from tests.kit.feature_sets import COLUMNS, FEATURES, RECIPE, write_feature_spec

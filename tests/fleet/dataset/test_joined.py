@@ -14,35 +14,36 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent import config
-from agent.authoring import pack
-from agent.cli.fleet.group import fleet
-from agent.cli.model.group import model as model_command
-from agent.config import BrokerConfig, SamplesConfig
-from agent.device.pipeline.joined_streams import JoinedStream
-from agent.device.samples import requests
-from agent.device.samples.rounding import EXACT_DIGITS
-from agent.device.store.rows import Rows
-from agent.evaluation import examples
-from agent.fleet import config as fleet_config
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector import encryption_keys
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.dataset import data_files
-from agent.fleet.dataset.gather import Gathered, Recording
-from agent.fleet.dataset.joined import JoinedRows
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.labelling import labels
-from agent.model.activation import LoadedBundle
-from agent.model.bundle import bundle
-from agent.model.inference import runtime
-from agent.model.inference.inference import Inference, InferenceResult
-from agent.performance.labels import Label
-from agent.testing.messages import FLEET
-from agent.transport import sample_content
-from agent.wire.privacy import least_count
-from agent.wire.privacy.field_privacy import FieldPrivacy
+from outstation.device import config
+from outstation.device.config.samples import SamplesConfig
+from outstation.device.pipeline.joined_streams import JoinedStream
+from outstation.device.samples import requests
+from outstation.device.samples.rounding import EXACT_DIGITS
+from outstation.device.store.rows import Rows
+from outstation.fleet import config as fleet_config
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.collector import encryption_keys
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.dataset import data_files
+from outstation.fleet.dataset.gather import Gathered, Recording
+from outstation.fleet.dataset.joined import JoinedRows
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.labelling import labels
+from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle import bundle
+from outstation.ml.model.inference import runtime
+from outstation.ml.model.inference.inference import Inference, InferenceResult
+from outstation.ml.performance.labels import Label
+from outstation.protocol.transport import sample_content
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.protocol.wire.privacy import least_count
+from outstation.protocol.wire.privacy.field_privacy import FieldPrivacy
+from outstation.workbench.authoring import pack
+from outstation.workbench.cli.model.group import model as model_command
+from outstation.workbench.evaluation import examples
+from outstation.workbench.testing.messages import FLEET
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
 from tests.kit.devices import DEVICE, T0
 from tests.kit.sampled_devices import LATER, SampledDevice

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.fleet.dataset import card, poisoning
-from agent.fleet.dataset.gather import Gathered, LabelledOutput, Recording
-from agent.fleet.dataset.labels import RowLabel
+from outstation.fleet.dataset import card, poisoning
+from outstation.fleet.dataset.gather import Gathered, LabelledOutput, Recording
+from outstation.fleet.dataset.labels import RowLabel
 
 PEOPLE = ("mira", "juri", "anna", "tariq", "lena")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from agent import clock
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.export.export import export
-from agent.fleet.export.query import ExportQueries
-from agent.fleet.export.tables import KINDS, Filters, arrow_schema
-from agent.testing.messages import FLEET, MessageSender, new_key
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.export.export import export
+from outstation.fleet.export.query import ExportQueries
+from outstation.fleet.export.tables import KINDS, Filters, arrow_schema
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import FLEET, MessageSender, new_key
 
 TEXT = (Path(__file__).parents[3] / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
 DAY_US = 86_400_000_000

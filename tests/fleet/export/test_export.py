@@ -16,19 +16,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from agent import clock, durable_files
-from agent.errors import UsageError
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.maintenance.retention import Retention
-from agent.fleet.database.store import FleetStore
-from agent.fleet.export import export as exporting
-from agent.fleet.export import manifest as manifests
-from agent.fleet.export.check import check_export
-from agent.fleet.export.export import export
-from agent.fleet.export.tables import KINDS, NO_DAY, Filters
-from agent.fleet.retention.prune import prune
-from agent.quantities import Duration
-from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.maintenance.retention import Retention
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.export import export as exporting
+from outstation.fleet.export import manifest as manifests
+from outstation.fleet.export.check import check_export
+from outstation.fleet.export.export import export
+from outstation.fleet.export.tables import KINDS, NO_DAY, Filters
+from outstation.fleet.retention.prune import prune
+from outstation.foundation import clock, durable_files
+from outstation.foundation.errors import UsageError
+from outstation.foundation.quantities import Duration
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 
 NOW = "2025-11-25T12:00:00.000000Z"
 MADE: dict[str, Any] = {"agent": "0.1.0", "runtime": "ai-edge-litert 2.3.0", "config": "sha256:01"}
@@ -332,8 +332,8 @@ def test_killed_by_a_signal_the_next_run_completes_the_set(tmp_path: Path) -> No
     store, sender = FleetStore(tmp_path / "fleet.db"), MessageSender()
     ingest(store, sender, *(sender.results(5) for _ in range(300)))
     program = (
-        "import sys; from pathlib import Path; from agent.fleet.export import export as e;"
-        "from agent.fleet.database.store import FleetStore; from agent.fleet.export.tables import Filters;"
+        "import sys; from pathlib import Path; from outstation.fleet.export import export as e;"
+        "from outstation.fleet.database.store import FleetStore; from outstation.fleet.export.tables import Filters;"
         "e._CHUNK_MESSAGES = 10;"
         "e.export(FleetStore(sys.argv[1], read_only=True), Path(sys.argv[2]), 'acme', Filters(), "
         "lambda n: print(n, flush=True))"

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from agent.cli.fleet.data.export import _KINDS
-from agent.cli.fleet.group import fleet
-from agent.errors import UsageError
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.export.export import export
-from agent.fleet.export.manifest import sha256
-from agent.fleet.export.query import ExportQueries
-from agent.fleet.export.tables import KINDS, Filters
-from agent.testing.messages import FLEET, MessageSender, new_key
+from outstation.fleet.cli.data.export import _KINDS
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.export.export import export
+from outstation.fleet.export.manifest import sha256
+from outstation.fleet.export.query import ExportQueries
+from outstation.fleet.export.tables import KINDS, Filters
+from outstation.foundation.errors import UsageError
+from outstation.workbench.testing.messages import FLEET, MessageSender, new_key
 
 NOW = "2026-11-25T12:00:00.000000Z"
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from agent.alerts.kinds import KINDS, find_kind
-from agent.cli.fleet.group import fleet as commands
-from agent.errors import UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.database.incidents import incident_rows
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.incidents import incidents
-from agent.fleet.incidents.incidents import IncidentFilter
-from agent.testing.messages import MessageSender, SignedMessage
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.cli.group import fleet as commands
+from outstation.fleet.database.incidents import incident_rows
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.incidents import incidents
+from outstation.fleet.incidents.incidents import IncidentFilter
+from outstation.foundation.errors import UsageError
+from outstation.protocol.alerts.kinds import KINDS, find_kind
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
 
 NOW, LATER, DAY = "2026-11-24T22:20:00.000000Z", "2026-11-24T23:20:00.000000Z", "2026-11-25T22:20:00.000000Z"
 AX, AY = "exercise/ax/drift/1", "exercise/ay/drift/1"

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import clock
-from agent.clock import ClockReading
-from agent.errors import StorageFull
-from agent.fleet.audit.audit import audit
-from agent.fleet.collector.leader import LeaderTasks
-from agent.fleet.database.incidents import device_status
-from agent.fleet.database.ingest import Arrival, Refusal
-from agent.fleet.database.keyring import Keyring
-from agent.fleet.database.store import FleetStore
-from agent.fleet.incidents import incidents, outliers
-from agent.fleet.incidents.conditions import Certificate
-from agent.fleet.incidents.incidents import IncidentFilter
-from agent.fleet.incidents.monitor import IncidentMonitor
-from agent.testing.messages import MessageSender, SignedMessage
-from agent.testing.patience import wait_until
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.collector.leader import LeaderTasks
+from outstation.fleet.database.incidents import device_status
+from outstation.fleet.database.ingest import Arrival, Refusal
+from outstation.fleet.database.keyring import Keyring
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.incidents import incidents, outliers
+from outstation.fleet.incidents.conditions import Certificate
+from outstation.fleet.incidents.incidents import IncidentFilter
+from outstation.fleet.incidents.monitor import IncidentMonitor
+from outstation.foundation import clock
+from outstation.foundation.clock import ClockReading
+from outstation.foundation.errors import StorageFull
+from outstation.workbench.testing.messages import MessageSender, SignedMessage
+from outstation.workbench.testing.patience import wait_until
 from tests.fleet.test_drift import field, window
 
 T0_US = clock.parse_rfc3339("2026-11-24T22:00:00.000000Z")
@@ -143,7 +143,7 @@ def test_a_device_that_is_enrolled_anew_has_a_day_from_then_on(store: FleetStore
 def test_silence_since_an_enrolment_without_a_set_clock_counts_from_the_start(
     store: FleetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.fleet.incidents.conditions.UNSEEN_LIMIT_S", 3600.0)
+    monkeypatch.setattr("outstation.fleet.incidents.conditions.UNSEEN_LIMIT_S", 3600.0)
     fleet = Fleet(store)
     with store.transaction() as db:
         db.execute("UPDATE keys SET added = '1970-01-01T00:02:00.000000Z'")

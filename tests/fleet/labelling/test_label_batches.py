@@ -6,10 +6,10 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.intake import labels
-from agent.fleet.labelling.labels import split_labels
-from agent.performance.labels import SOURCES, Label
-from agent.wire.commands import MAX_ARGUMENT_LENGTH
+from outstation.device.intake import labels
+from outstation.fleet.labelling.labels import split_labels
+from outstation.ml.performance.labels import SOURCES, Label
+from outstation.protocol.wire.commands import MAX_ARGUMENT_LENGTH
 
 TEXTS = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=256)
 LABELS = st.builds(Label, st.integers(1, 2**53 - 1), st.none(), TEXTS, st.sampled_from(SOURCES)) | st.builds(

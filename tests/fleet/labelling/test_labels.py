@@ -10,13 +10,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from agent.fleet.bundle_history import BundleLabelSchema
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
-from agent.fleet.labelling import labels
-from agent.fleet.labelling.labels import LabelOutcome
-from agent.performance.labels import Label, LabelSchema
-from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
+from outstation.fleet.bundle_history import BundleLabelSchema
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.labelling import labels
+from outstation.fleet.labelling.labels import LabelOutcome
+from outstation.ml.performance.labels import Label, LabelSchema
+from outstation.workbench.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 SENDER = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from agent.errors import UsageError
-from agent.fleet.database.evidence import EvidenceQueries
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.labelling import verdicts as table
-from agent.fleet.database.store import FleetStore
-from agent.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents
-from agent.fleet.labelling import candidates, feedback_loops, labels, verdicts
-from agent.fleet.labelling.verdicts import Judge, Judgement
-from agent.performance.labels import Label
-from agent.testing.messages import MODEL, MessageSender, new_key
+from outstation.fleet.database.evidence import EvidenceQueries
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.labelling import verdicts as table
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents
+from outstation.fleet.labelling import candidates, feedback_loops, labels, verdicts
+from outstation.fleet.labelling.verdicts import Judge, Judgement
+from outstation.foundation.errors import UsageError
+from outstation.ml.performance.labels import Label
+from outstation.workbench.testing.messages import MODEL, MessageSender, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 SENDER = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")

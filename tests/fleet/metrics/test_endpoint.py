@@ -13,20 +13,20 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
-from agent import clock
-from agent.errors import ConfigError
-from agent.fleet.collector.quota import Quota
-from agent.fleet.collector.statistics import CollectorStatistics
-from agent.fleet.config import MetricsConfig
-from agent.fleet.dashboard.pages.visit import Dashboard
-from agent.fleet.dashboard.security.access import AccessPolicy
-from agent.fleet.database.ingest import Arrival, Refusal
-from agent.fleet.database.store import FleetStore
-from agent.fleet.metrics import exporter as exporting
-from agent.fleet.metrics.collector_families import build_families
-from agent.fleet.metrics.endpoint import MetricsListener, dashboard_route
-from agent.fleet.metrics.exporter import DatabaseExporter
-from agent.testing.messages import FLEET, MODEL, NEW_MODEL, MessageSender, SignedMessage
+from outstation.fleet.collector.quota import Quota
+from outstation.fleet.collector.statistics import CollectorStatistics
+from outstation.fleet.config import MetricsConfig
+from outstation.fleet.dashboard.pages.visit import Dashboard
+from outstation.fleet.dashboard.security.access import AccessPolicy
+from outstation.fleet.database.ingest import Arrival, Refusal
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.metrics import exporter as exporting
+from outstation.fleet.metrics.collector_families import build_families
+from outstation.fleet.metrics.endpoint import MetricsListener, dashboard_route
+from outstation.fleet.metrics.exporter import DatabaseExporter
+from outstation.foundation import clock
+from outstation.foundation.errors import ConfigError
+from outstation.workbench.testing.messages import FLEET, MODEL, NEW_MODEL, MessageSender, SignedMessage
 from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown
 
 TOKEN = "t" * 40

@@ -14,17 +14,17 @@ from typing import Any
 import psycopg
 import pytest
 
-from agent import clock
-from agent.fleet.collector.quota import Quota
-from agent.fleet.collector.statistics import CollectorStatistics
-from agent.fleet.config import MetricsConfig
-from agent.fleet.database.ingest import Arrival, Refusal
-from agent.fleet.database.store import FleetStore
-from agent.fleet.metrics.collector_families import build_families
-from agent.fleet.metrics.endpoint import MetricsListener
-from agent.fleet.metrics.exporter import DatabaseExporter
-from agent.testing.messages import FLEET, MODEL
-from agent.testing.patience import wait_until
+from outstation.fleet.collector.quota import Quota
+from outstation.fleet.collector.statistics import CollectorStatistics
+from outstation.fleet.config import MetricsConfig
+from outstation.fleet.database.ingest import Arrival, Refusal
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.metrics.collector_families import build_families
+from outstation.fleet.metrics.endpoint import MetricsListener
+from outstation.fleet.metrics.exporter import DatabaseExporter
+from outstation.foundation import clock
+from outstation.workbench.testing.messages import FLEET, MODEL
+from outstation.workbench.testing.patience import wait_until
 from scripts.grafana_dashboards import render
 from scripts.interops.prometheus import PrometheusServer
 from scripts.kit.postgres import run_server

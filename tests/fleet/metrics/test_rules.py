@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from agent.fleet.metrics import collector_families, device_families
+from outstation.fleet.metrics import collector_families, device_families
 
 ROOT = Path(__file__).parents[3]
 RULES = ROOT / "deploy" / "prometheus-rules.yml"

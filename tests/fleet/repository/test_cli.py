@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from agent.cli import main
-from agent.fleet import config as fleet_config
-from agent.fleet.collector.collector import Collector
-from agent.fleet.database.store import FleetStore
-from agent.fleet.repository import expiry, upkeep
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire import keys
+from outstation.__main__ import main
+from outstation.fleet import config as fleet_config
+from outstation.fleet.collector.collector import Collector
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.repository import expiry, upkeep
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from outstation.protocol.wire import keys
 from scripts.kit.bundles import KEY, resign
 from tests.kit.repositories import Client, served, version
 
@@ -340,7 +340,7 @@ def test_the_collector_signs_the_timestamp_and_survives_errors(
     desk.run("repository", "init", "--demo")
     collector.tick(SilentLink(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == 1
-    monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
+    monkeypatch.setattr("outstation.fleet.collector.collector.UPKEEP_S", 0.0)
     collector._next_upkeep = 0.0
     collector.tick(SilentLink(), 0.0)
     collector.tick(SilentLink(), 0.0)
@@ -383,7 +383,7 @@ def test_the_collector_survives_a_file_it_cannot_replace(
         keys.load_private(desk.folder / "collector.key"),
         upkeep=lambda: upkeep.maintain(desk.folder, store, expiry.now() + timedelta(days=days[0])),
     )
-    monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
+    monkeypatch.setattr("outstation.fleet.collector.collector.UPKEEP_S", 0.0)
     # A folder, because root may remove any file.
     obstacle = desk.folder / "repository" / "metadata" / name
     obstacle.mkdir()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import StorageError, UsageError
-from agent.fleet.repository import expiry, key_rotation, mirror, revoke, status, upkeep
+from outstation.fleet.repository import expiry, key_rotation, mirror, revoke, status, upkeep
+from outstation.foundation.errors import StorageError, UsageError
 from tests.kit.repositories import Client, Depot, served, version
 
 pytest_plugins = ["tests.kit.repository_fixtures"]
@@ -126,7 +126,7 @@ def test_killed_at_any_write_of_a_publish_devices_see_an_edition(
     code = f"""
 import os, signal
 from pathlib import Path
-from agent.fleet.repository.publish import publish
+from outstation.fleet.repository.publish import publish
 from scripts.kit.bundles import KEY
 real, n = os.replace, 0
 def replace(source, target):

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 
-from agent.authoring import pack
-from agent.errors import BadBundle, StorageBusy, StorageError, UsageError
-from agent.fleet.repository import create, edition, expiry, key_rotation, revoke, root_rotation, status, upkeep
-from agent.fleet.repository.keys import RepositoryKeyring
-from agent.fleet.repository.publish import build_archive
-from agent.model.bundle import bundle as bundles
-from agent.testing.messages import new_key
-from agent.wire import keys, target_metadata
+from outstation.fleet.repository import create, edition, expiry, key_rotation, revoke, root_rotation, status, upkeep
+from outstation.fleet.repository.keys import RepositoryKeyring
+from outstation.fleet.repository.publish import build_archive
+from outstation.foundation.errors import BadBundle, StorageBusy, StorageError, UsageError
+from outstation.ml.model.bundle import bundle as bundles
+from outstation.protocol.wire import keys, target_metadata
+from outstation.workbench.authoring import pack
+from outstation.workbench.testing.messages import new_key
 from scripts.kit.bundles import KEY, change_manifest, resign
 from tests.kit.feature_sets import write_feature_spec
 from tests.kit.repositories import Client, Depot, served, version

@@ -14,22 +14,22 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from agent import clock
-from agent.cli.fleet.group import fleet
-from agent.config import BrokerConfig
-from agent.errors import ConfigError
-from agent.fleet import config as fleet_config
-from agent.fleet.audit.audit import audit, audit_from_checkpoint
-from agent.fleet.audit.checkpoint import CheckpointFolder
-from agent.fleet.audit.report import AuditReport
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.maintenance import pruning
-from agent.fleet.database.maintenance.retention import Retention
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.retention.prune import PruneReport, prune
-from agent.quantities import Duration
-from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from outstation.fleet import config as fleet_config
+from outstation.fleet.audit.audit import audit, audit_from_checkpoint
+from outstation.fleet.audit.checkpoint import CheckpointFolder
+from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.cli.group import fleet
+from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.maintenance import pruning
+from outstation.fleet.database.maintenance.retention import Retention
+from outstation.fleet.database.store import FleetStore
+from outstation.fleet.enrolment.enrol import init_fleet
+from outstation.fleet.retention.prune import PruneReport, prune
+from outstation.foundation import clock
+from outstation.foundation.errors import ConfigError
+from outstation.foundation.quantities import Duration
+from outstation.protocol.transport.broker_config import BrokerConfig
+from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 
 DAY_US = 86_400_000_000
 OLD, MIDDLE, NEW = (clock.parse_rfc3339(f"2026-{month:02}-01T00:00:00Z") for month in (1, 6, 11))

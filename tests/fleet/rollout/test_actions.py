@@ -14,19 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import StorageError, UsageError
-from agent.fleet.audit.audit import audit
-from agent.fleet.audit.report import AuditReport
-from agent.fleet.commands import COUNTER_FILE
-from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.controller import REPUBLISH_EVERY_S, RolloutController
-from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.plan import RolloutPlan
-from agent.testing.messages import new_key
-from agent.wire import jws
-from agent.wire.jws import digest
-from agent.wire.messages import DesiredPayload
-from agent.wire.verification import verify_message
+from outstation.fleet.audit.audit import audit
+from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.commands import COUNTER_FILE
+from outstation.fleet.rollout import actions, journal
+from outstation.fleet.rollout.controller import REPUBLISH_EVERY_S, RolloutController
+from outstation.fleet.rollout.journal import Rollout
+from outstation.fleet.rollout.plan import RolloutPlan
+from outstation.foundation.errors import StorageError, UsageError
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.jws import digest
+from outstation.protocol.wire.messages import DesiredPayload
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.messages import new_key
 from tests.kit.fleet_rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
 
 ALL = "outstation/acme/_all/desired"

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import BadBundle, ConfigError
-from agent.fleet.rollout import bundles
-from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep, read
-from agent.testing.messages import NEW_MODEL
-from agent.wire.desired_state import CanaryRules, DesiredBundle
+from outstation.fleet.rollout import bundles
+from outstation.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep, read
+from outstation.foundation.errors import BadBundle, ConfigError
+from outstation.protocol.wire.desired_state import CanaryRules, DesiredBundle
+from outstation.workbench.testing.messages import NEW_MODEL
 
 SHIPPED = Path(__file__).parents[3] / "models" / "exercise"
 FILE = f"""

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from agent import clock
-from agent.fleet.rollout.promotion import StepVerdict
-from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
-from agent.wire.desired_state import OutputLimits
+from outstation.fleet.rollout.promotion import StepVerdict
+from outstation.foundation import clock
+from outstation.protocol.wire.desired_state import OutputLimits
+from outstation.workbench.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
 from tests.kit.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
 
 ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m2": 1.0}}

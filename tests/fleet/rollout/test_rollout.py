@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from agent.cli.fleet.rollout import build_documents
-from agent.errors import MessageRefused
-from agent.fleet.commands import COUNTER_FILE
-from agent.fleet.database.keyring import Keyring
-from agent.testing.broker import MosquittoBroker
-from agent.testing.fleet import LocalFleet
-from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
-from agent.testing.patience import wait_until
-from agent.testing.process import OutstationProcess
-from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire import jws, keys
-from agent.wire.messages import DesiredPayload
-from agent.wire.verification import verify_message
+from outstation.fleet.cli.rollout import build_documents
+from outstation.fleet.commands import COUNTER_FILE
+from outstation.fleet.database.keyring import Keyring
+from outstation.foundation.errors import MessageRefused
+from outstation.protocol.transport.mqtt import Link
+from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
+from outstation.protocol.wire import jws, keys
+from outstation.protocol.wire.messages import DesiredPayload
+from outstation.protocol.wire.verification import verify_message
+from outstation.workbench.testing.broker import MosquittoBroker
+from outstation.workbench.testing.fleet import LocalFleet
+from outstation.workbench.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
+from outstation.workbench.testing.patience import wait_until
+from outstation.workbench.testing.process import OutstationProcess
 from scripts.kit.broker_client import receive_messages
 from tests.kit.commands import audit_fleet, call_outstation
 

@@ -1,1 +1,0 @@
-"""Commands that look into the SQLite databases of a device and of a fleet, read only."""

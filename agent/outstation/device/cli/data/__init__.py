@@ -1,0 +1,1 @@
+"""Commands on the rows of a device."""

@@ -1,0 +1,37 @@
+"""Device configuration: frozen structs from TOML. Errors name the file, the key and the fix."""
+
+from outstation.device.config.alert_rules import AlertRuleConfig as AlertRuleConfig
+from outstation.device.config.config import Config as Config
+from outstation.device.config.config import digest as digest
+from outstation.device.config.config import load as load
+from outstation.device.config.device import BufferConfig as BufferConfig
+from outstation.device.config.device import CollectorConfig as CollectorConfig
+from outstation.device.config.device import DeviceConfig as DeviceConfig
+from outstation.device.config.device import IntakeConfig as IntakeConfig
+from outstation.device.config.device import ModelsConfig as ModelsConfig
+from outstation.device.config.device import OperatorsConfig as OperatorsConfig
+from outstation.device.config.device import PrivacyConfig as PrivacyConfig
+from outstation.device.config.device import PublishersConfig as PublishersConfig
+from outstation.device.config.device import ThrottleConfig as ThrottleConfig
+from outstation.device.config.samples import SamplesConfig as SamplesConfig
+from outstation.device.config.streams import MAX_FIELDS as MAX_FIELDS
+from outstation.device.config.streams import FieldConfig as FieldConfig
+from outstation.device.config.streams import StreamConfig as StreamConfig
+from outstation.device.config.streams import check_class_field as check_class_field
+from outstation.device.config.tasks import BinnedField as BinnedField
+from outstation.device.config.tasks import JoinedStreamConfig as JoinedStreamConfig
+from outstation.device.config.tasks import PublishBelow as PublishBelow
+from outstation.device.config.tasks import TaskConfig as TaskConfig
+from outstation.device.config.updates import UpdatesConfig as UpdatesConfig
+from outstation.foundation.names import check_name as check_name
+from outstation.foundation.quantities import Duration as Duration
+from outstation.foundation.quantities import Size as Size
+from outstation.foundation.quantities import parse_duration as parse_duration
+from outstation.foundation.quantities import parse_size as parse_size
+from outstation.foundation.toml_files import Section as Section
+from outstation.foundation.toml_files import read as read
+from outstation.integrations.homeassistant.config import HomeAssistantConfig as HomeAssistantConfig
+from outstation.protocol.transport.broker_config import BrokerConfig as BrokerConfig
+from outstation.protocol.transport.broker_config import UplinkBrokerConfig as UplinkBrokerConfig
+from outstation.protocol.transport.broker_config import check_broker as check_broker
+from outstation.protocol.transport.broker_config import parse_loopback as parse_loopback

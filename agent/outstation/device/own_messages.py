@@ -1,0 +1,59 @@
+"""Own messages: the source of the bridge on a device without a collector, which reads the device's store."""
+
+from __future__ import annotations
+
+import msgspec
+
+from outstation.device.config import Config
+from outstation.device.store.store import Store
+from outstation.foundation import clock
+from outstation.integrations.homeassistant.device_state import DeviceReport, OpenAlert, output_key
+
+# Of what the device wrote since the last poll, most: older messages have newer ones of the same topic.
+_MAX_MESSAGES = 300
+
+
+class OwnMessages:
+    """A `DeviceSource` of Home Assistant on the daemon's own store, which threads share."""
+
+    def __init__(self, conf: Config, store: Store) -> None:
+        self._conf, self._store = conf, store
+        self._last_seq: int | None = None
+        self._open: dict[str, OpenAlert] = {}
+        self.devices = frozenset({conf.device.id})
+
+    def poll(self) -> list[DeviceReport]:
+        head, _ = self._store.log_head()
+        if head == self._last_seq:
+            return []
+        # A store that was set back has a new log, whose messages are all new.
+        last = self._last_seq if self._last_seq is not None and self._last_seq < head else 0
+        after = max(head - _MAX_MESSAGES, last)
+        payloads = self._store.newest_by_topic(after)
+        self._last_seq = head
+        alerts = self._load_alerts()
+        now = clock.now_rfc3339()
+        ended = [alert for key, alert in self._open.items() if key not in {each.key for each in alerts}]
+        self._open = {alert.key: alert for alert in alerts}
+        cleared = [msgspec.structs.replace(alert, changed=now) for alert in ended]
+        return [DeviceReport(self._conf.device.id, "online", payloads, alerts, cleared)]
+
+    def close(self) -> None:
+        """Do nothing: the store is the daemon's."""
+
+    def _load_alerts(self) -> list[OpenAlert]:
+        alerts = [
+            OpenAlert(
+                str(alert.get("severity")),
+                str(alert.get("summary")),
+                str(alert.get("time")),
+                name,
+                f"{output_key(str(alert.get('id')))}.{alert.get('revision', 1)}.{alert.get('time')}",
+                str(alert.get("time")),
+            )
+            for name in self._conf.tasks
+            for alert in self._store.open_alerts(name)
+            # The owner of the stream keeps these on the device, which Home Assistant's broker may not be.
+            if not alert.get("kept")
+        ]
+        return sorted(alerts, key=lambda alert: alert.time)

@@ -1,0 +1,119 @@
+"""Signed decisions: a sentence with its evidence, signed with the operator's key and chained to the previous decision.
+
+Rules of `verify_chain`, for each roll-out:
+- decisions are numbered 1, 2, 3 …, and `prev` is the digest of the previous payload
+- each payload verifies with an operator's key, and the columns agree with it
+
+`fleet audit` also checks that the roll-out and the desired state are as the last decision left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from outstation.foundation import decoders
+from outstation.foundation.errors import MessageRefused
+from outstation.foundation.strict_json import DuplicateKey, check_strict_json
+from outstation.protocol.wire import jws
+from outstation.protocol.wire.desired_state import Name
+from outstation.protocol.wire.jws import Signer, digest
+from outstation.protocol.wire.keys import SigningKey
+from outstation.protocol.wire.times import Rfc3339
+
+Event = Literal["started", "promoted", "paused", "resumed", "aborted", "finished"]
+SignerLookup = Callable[[str], Signer | None]
+
+
+class DecisionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="decision"):
+    v: Literal[1]
+    rollout: Name
+    n: int
+    prev: str
+    time: Rfc3339
+    event: Event
+    summary: str
+    evidence: dict[str, Any]
+
+
+class SignedDecision(msgspec.Struct, frozen=True):
+    """A row of table decisions."""
+
+    body: DecisionBody
+    payload: bytes
+    jws: str
+
+    def to_row(self) -> tuple[Any, ...]:
+        body = self.body
+        evidence = msgspec.json.encode(body.evidence).decode()
+        return (body.rollout, body.n, body.time, body.event, body.summary, evidence, self.payload, self.jws)
+
+
+def signing_topic(rollout: str) -> str:
+    """Return the topic that is signed: no decision can pass for a message, or for another roll-out's decision."""
+    return f"decision/{rollout}"
+
+
+def sign(key: SigningKey, body: DecisionBody) -> SignedDecision:
+    payload = msgspec.json.encode(body)
+    return SignedDecision(body, payload, jws.sign(key, signing_topic(body.rollout), payload))
+
+
+def verify(rollout: str, payload: bytes, token: str, find_signer: SignerLookup) -> DecisionBody:
+    """Return the verified decision. Raises MessageRefused."""
+    jws.verify([token], signing_topic(rollout), payload, find_signer)
+    try:
+        body = decoders.from_json(payload, DecisionBody)
+        check_strict_json(payload)
+    except (DuplicateKey, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MessageRefused("malformed payload", str(error)[:200]) from None
+    return body
+
+
+def verify_chain(
+    rollout: str, rows: Sequence[tuple[Any, ...]], find_signer: SignerLookup
+) -> tuple[list[DecisionBody], list[tuple[Any, str]]]:
+    """Return the verified decisions of a roll-out, ordered by n, and (n, problem) of each invalid one."""
+    valid: list[DecisionBody] = []
+    problems: list[tuple[Any, str]] = []
+    prev: str | None = ""
+    for position, row in enumerate(rows, 1):
+        n, payload = row[1], row[6]
+        if n != position:
+            problems.append((n, f"is at position {position}: a decision is missing, or was added"))
+            prev = None
+        problem, body = _verify_row(rollout, row, prev, find_signer)
+        if problem is not None:
+            problems.append((n, problem))
+        if body is not None:
+            valid.append(body)
+        prev = digest(payload) if isinstance(payload, bytes) else None
+    return valid, problems
+
+
+def _verify_row(
+    rollout: str, row: tuple[Any, ...], prev: str | None, find_signer: SignerLookup
+) -> tuple[str | None, DecisionBody | None]:
+    payload, token = row[6], row[7]
+    if not isinstance(payload, bytes) or not isinstance(token, str):
+        return "payload or jws is not stored as bytes and text", None
+    try:
+        body = verify(rollout, payload, token, find_signer)
+    except MessageRefused as refused:
+        return f"does not verify: {refused}", None
+    signed_row = SignedDecision(body, payload, token).to_row()
+    names = ("rollout", "n", "time", "event", "summary")
+    for name, stored, signed in zip(names, row, signed_row, strict=False):
+        if stored != signed:
+            return f"is stored with {name} {stored!r}, but the signed payload says {signed!r}", None
+    try:
+        is_same = msgspec.json.decode(row[5]) == body.evidence
+    except (msgspec.MsgspecError, TypeError, ValueError):
+        is_same = False
+    if not is_same:
+        return "is stored with evidence that differs from the signed payload", None
+    if prev is not None and body.prev != prev:
+        return "does not follow the previous decision: prev is not that decision's digest", body
+    return None, body

@@ -1,0 +1,1 @@
+"""Models, drift, performance, comparison, data sets: arrays in, values out."""

@@ -1,0 +1,1 @@
+"""Plots of drift: from timelines to pictures."""

@@ -1,0 +1,1 @@
+"""Work before and beside a fleet: authoring, evaluation, simulation, the test kit, the demo."""
