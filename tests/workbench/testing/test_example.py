@@ -35,6 +35,28 @@ def test_the_example_applications_tests_pass(tmp_path: Path) -> None:
     assert "3 passed" in done.stdout
 
 
+def test_a_project_with_an_agent_folder_of_its_own_uses_commands_and_plugin(tmp_path: Path) -> None:
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "__init__.py").write_text("NAME = 'mine'\n")
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["outstation.workbench.testing.fixtures"]\n')
+    (tmp_path / "test_mine.py").write_text(
+        "import agent\n\n\ndef test_mine(outstation_broker):\n"
+        "    assert agent.NAME == 'mine'\n    assert outstation_broker.url\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
+    for arguments, shown in (
+        (["-m", "outstation", "demo", "--help"], "Usage:"),
+        (["-m", "outstation", "init", "pi", "--standalone", "--id", "pi-07"], "pi/outstation.toml"),
+        (["-m", "pytest", "-q", "--basetemp", str(tmp_path / "t")], "1 passed"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert shown in done.stdout + done.stderr
+
+
 def test_the_plugin_loads_nothing_before_a_fixture_is_requested() -> None:
     heavy = "{'numpy', 'cryptography', 'paho', 'outstation.device.config', 'outstation.workbench.testing.broker'}"
     script = f"import sys, pytest, outstation.workbench.testing.fixtures; print(sorted({heavy} & set(sys.modules)))"
@@ -46,7 +68,7 @@ def test_the_plugin_loads_nothing_before_a_fixture_is_requested() -> None:
 
 
 def test_only_a_session_that_names_the_plugin_loads_it() -> None:
-    """An entry point would import `agent` in every session, and hide a project's package of that name."""
+    """An entry point would import the package in every session of the environment."""
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "pytest11" not in project.get("entry-points", {})
 
