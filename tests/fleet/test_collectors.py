@@ -56,7 +56,7 @@ class Fleet:
         command = [
             sys.executable,
             "-m",
-            "agent",
+            "outstation",
             "fleet",
             "collect",
             "--dir",
