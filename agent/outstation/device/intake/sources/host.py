@@ -20,7 +20,7 @@ from outstation.foundation.toml_files import did_you_mean
 
 log = logging.getLogger("outstation.host")
 
-# Rows that wait for one commit: beyond that, a store that takes none is not asked for more.
+# Rows that wait for one commit; the last of them brings it.
 _MAX_WAITING = 100
 
 
@@ -73,13 +73,13 @@ class HostMetrics:
             while True:
                 await waiting.acquire()
                 # A commit may take longer than the interval, and one row is not worth a commit of its own.
-                submission = submissions.create_task(self._submit_values(submit_rows))
+                submission = submissions.create_task(self._submit_values(submit_rows, is_stalled=waiting.locked()))
                 submission.add_done_callback(lambda _: waiting.release())
                 await asyncio.sleep(self._interval_s)
 
-    async def _submit_values(self, submit_rows: SubmitRows) -> None:
+    async def _submit_values(self, submit_rows: SubmitRows, *, is_stalled: bool) -> None:
         values = {f.name: [self._read_value(f.name)] for f in self._stream.fields}
-        outcome = await submit_rows(self._name, RawColumns(1, None, values), None)
+        outcome = await submit_rows(self._name, RawColumns(1, None, values), None, is_stalled=is_stalled)
         complaint = "; ".join(reason for _, reason in outcome.rejected)
         if complaint and complaint != self._last_warning:
             log.warning("%s: not stored: %s (optional = true allows a missing value)", self._name, complaint)
