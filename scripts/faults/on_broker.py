@@ -9,6 +9,7 @@ from random import Random
 
 from outstation.device.bootstrap.device import load_config, open_message_log, open_store
 from outstation.device.store.message_log import MessageLog
+from outstation.device.store.retention import MAX_NEWEST_MESSAGES
 from outstation.device.store.store import Store
 from outstation.foundation import clock
 from outstation.foundation.clock import ClockReading
@@ -66,10 +67,18 @@ def kill_everything(world: World, rng: Random) -> None:
 @fault(Setting(collector_toml='delivery = "broker"'), patience_s=6.0)
 def control_delete_on_puback(world: World, rng: Random) -> None:
     world.kill(world.collector)
-    time.sleep(rng.uniform(1.0, 2.0))
+    # Two tasks share the count. The newest messages of each stay on the device; later ones displace several at once.
+    enough = _count_results(world) + 2 * (2 * MAX_NEWEST_MESSAGES + rng.randint(4, 12))
+    wait_until("results that displace earlier ones", lambda: _count_results(world) >= enough)
     world.broker.kill()
     world.broker.start()
     world.keep(world.collector)
+
+
+def _count_results(world: World) -> int:
+    """Return how many results messages the device ever wrote."""
+    with Store.open_read_only(world.device.data_dir) as store:
+        return store.counters().get("messages.results", 0)
 
 
 def _answering(code: int) -> Rule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,11 @@ def walk(kind: type[OutstationError]) -> Iterator[type[OutstationError]]:
 
 @pytest.mark.parametrize("kind", sorted(walk(OutstationError), key=str))
 def test_every_error_survives_the_way_out_of_a_worker_process(kind: type[OutstationError]) -> None:
-    names = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "args", "kwargs")]
-    raised = kind(*("crash" if name == "kind" else f"the {name}" for name in names)) if names else kind("a", "b")
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    texts = {each.name: "crash" if each.name == "kind" else f"the {each.name}" for each in parameters}
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "self"]
+    options: dict[str, Any] = {each.name: texts[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
+    raised = kind(*(texts[name] for name in names), **options) if names else kind("a", "b")
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         arrived = pickle.loads(pickle.dumps(raised, protocol))
         assert type(arrived) is kind
