@@ -112,7 +112,7 @@ def reserve_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
         except ValueError as error:
             raise UsageError(
                 f"{path}: holds no counter ({error}), and devices refuse a counter that is not above the last; write "
-                "the highest used counter into it (docs/reference/commands.md has the query), or delete it if no clock "
+                "the highest used counter into it (docs/reference/remote-commands.md has the query), or delete it if no clock "
                 "was ever ahead"
             ) from None
         try:
