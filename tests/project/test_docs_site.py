@@ -29,7 +29,7 @@ _LOADED = {
     ("source", "srcset"),
 }
 # Pages with wide tables or long lines.
-_WIDE = (
+_LARGE = (
     "docs/reference/config",
     "docs/reference/fleet-database",
     "docs/reference/alerts",
@@ -144,7 +144,7 @@ def test_a_search_finds_the_page_and_nothing_is_requested_from_elsewhere(site: P
 
 
 @pytest.mark.parametrize("size", [PHONE, LAPTOP])
-@pytest.mark.parametrize("page", ["index", "docs/index", *_WIDE])
+@pytest.mark.parametrize("page", ["index", "docs/index", *_LARGE])
 def test_a_page_does_not_scroll_sideways_and_keys_of_its_tables_stay_whole(
     site: Path, browser: Any, page: str, size: tuple[int, int]
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_page_does_not_scroll_sideways_and_keys_of_its_tables_stay_whole(
     assert foreign == []
 
 
-def test_contents_of_a_page_are_beside_it_on_a_laptop_and_a_reader_chooses_dark(site: Path, browser: Any) -> None:
+def test_a_laptop_shows_the_contents_of_a_page_and_a_reader_chooses_dark(site: Path, browser: Any) -> None:
     tab, _ = _opened(browser, site / "docs" / "guides" / "collector.html", LAPTOP)
     assert tab.is_visible(".toc-tree >> text=Quotas")
     colour = "getComputedStyle(document.body).backgroundColor"
