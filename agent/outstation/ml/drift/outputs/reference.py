@@ -56,7 +56,7 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
         return replace(self, held_out=np.stack([bincount(part, minlength=BINS) for part in (places, places[right])]))
 
     def is_valid(self, statistics: int) -> bool:
-        """Return True if it holds together for model windows of so many statistics."""
+        """Return True if its parts agree, for model windows with this number of statistics."""
         output, held_out, error = self.output, self.held_out, self.error
         return (
             len(output.values) > 0
