@@ -38,7 +38,7 @@ def seal(key: EncryptionKey, topic: str, token: str, content: bytes) -> bytes:
 
 
 def seal_content(key: EncryptionKey, topic: str, content: bytes) -> bytes:
-    """Return content of a message on `topic` that only the collectors read, whoever keeps the message."""
+    """Return content of a message on `topic` that only the collectors can read."""
     return _encrypt(key, _content_info(topic), content)
 
 
