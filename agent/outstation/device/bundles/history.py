@@ -77,7 +77,7 @@ def locate_bundle(conf: Config, store: Store | None, task: str) -> Path:
     try:
         has_changed = bundle.read(configured, None).digest != override.configured
     except BadBundle:
-        # The configured bundle cannot be read: the current one goes on.
+        # The configured bundle cannot be read: the current one continues to run.
         has_changed = False
     return configured if has_changed else copy_folder(conf.data_dir, override.digest)
 

@@ -255,7 +255,7 @@ class SpaceManager:
             for task in behind:
                 # Evicted rows count as consumed, so that no batch meets the gap.
                 tx.advance_cursor(task, chunks.last + 1, chunks.last)
-            # A task that joins these rows has no cursor on them; it goes on with the rows that are left.
+            # A task that joins these rows has no cursor on them; it continues with the rows that are left.
             joined = self._joined_through(stream).items()
             behind |= {task: row for task, row in joined if row < min(chunks.last, behind.get(task, chunks.last))}
             used = min(behind.values(), default=chunks.last)

@@ -287,7 +287,7 @@ def _build_predictions(
 
 
 def _allocate_error_bins(task: LoadedTask, windows: int) -> ErrorBins:
-    """Return room for the bins of answers: labels that come later have no inputs to tell the error to expect."""
+    """Return empty bins of the answers: an expected error follows from inputs, which are gone when labels arrive."""
     if task.drift_monitor is None or task.drift_state is None:
         return NO_ERROR_BINS
     return {name: np.zeros(windows, np.uint8) for name in task.drift_monitor.shipped.error_references}

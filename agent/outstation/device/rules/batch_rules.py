@@ -93,7 +93,7 @@ def retire(
 ) -> tuple[dict[str, RuleState], list[Alert]]:
     """Return the states for the task's `rules`, and the ends of alerts of rules that were removed or changed.
 
-    A changed rule starts anew. The number of its alerts goes on.
+    A changed rule starts anew, except for the number of its alerts.
     """
     current: dict[str, RuleState] = {}
     alerts = []

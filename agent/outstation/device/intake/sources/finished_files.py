@@ -1,4 +1,4 @@
-"""Tables in `done/` whose writer goes on: what it appends after a pause is read, too."""
+"""Tables in `done/` whose writer continues: lines that it appends after a pause are read, too."""
 
 from __future__ import annotations
 
