@@ -243,7 +243,7 @@ def _allocate_widths(longest: Sequence[int], width: int) -> list[int]:
 
 
 def _rank(view: DeviceView) -> int:
-    """Return how much a device needs somebody: by its worst alert, then by whether it is away."""
+    """Return how urgently a device needs attention: by its worst alert, then by whether it is away."""
     worst = max((_SEVERITIES.index(alert.severity) + 1 for alert in view.alerts.values()), default=0)
     return 2 * worst + (view.state != "online")
 

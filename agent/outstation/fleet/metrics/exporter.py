@@ -1,4 +1,4 @@
-"""Exporter: metrics as text, rendered from the fleet database at most once in some seconds, whoever asks."""
+"""Exporter: metrics as text, rendered from the fleet database at most once in some seconds."""
 
 from __future__ import annotations
 
