@@ -293,7 +293,7 @@ def _of_ranks(rank_metric: Callable[[Float64s, Bools, Float64s], float]) -> Prep
         if value is None:
             return None
         fewest = count_fewer(is_anomaly)
-        # Of anomalies alone, the average precision is 1 whatever the values are.
+        # If all are anomalies, the average precision is 1 for any values.
         part = Part(len(predictions), fewest, fewest or len(predictions))
         return Statistic([part], lambda w: [w.apply(lambda vector: rank_metric(value, is_anomaly, vector))])
 

@@ -41,7 +41,7 @@ class MissingBaseline(msgspec.Struct, frozen=True, eq=False):
         share = np.clip((total + 0.5) / (total_rows + 1), MIN_SHARE, MAX_SHARE)
         spread = share * (1 - share) / max(rows, 1.0)
         variance = ((missing - total / max(total_rows, 1)) ** 2).sum(0) / max(len(missing) - 1, 1)
-        # What drops rows often drops them of all fields alike, and few fields show it in few windows.
+        # A cause that drops rows often drops them of all fields alike, and few fields show it in few windows.
         dispersion = np.maximum(1.0, np.maximum(variance / spread, variance.sum() / spread.sum()))
         baseline = _with_rise(share, dispersion, rows, MIN_RISE)
         reached, evidence = np.zeros_like(share), np.zeros_like(share)

@@ -68,7 +68,7 @@ class MissingValues(msgspec.Struct, frozen=True, eq=False):
         recovery = np.where(self.alarm, np.maximum(0.0, self.recovery + baseline.recovery(missing, rows, rate)), 0.0)
         recovered = self.alarm & (recovery > RECOVERY_LIMIT)
         alarm = np.where(self.alarm, ~recovered, evidence > baseline.limit)
-        # What was gathered belongs to the fault that ended.
+        # The rows gathered so far belong to the fault that ended.
         return replace(
             now,
             evidence=np.where(recovered, 0.0, evidence),

@@ -13,7 +13,7 @@ PSI_BUDGET, SPEED_BUDGET = 3e-4, 3e-4
 MISSING_BUDGET, ACCURACY_BUDGET = 3e-4, 3e-4
 DISPERSION_BUDGET = 2e-4  # of offsets that come and go
 FAULT_BUDGET = 5e-4  # of all symptoms of other sensor faults
-# Of the answers of a model, which all of its outputs share.
+# Budget of a model's answers, which all of its outputs share.
 ANSWERS_BUDGET = SCORE_BUDGET + CLASS_SHARE_BUDGET + CLASS_SHARE_MEWMA_BUDGET + ACCURACY_BUDGET
 # Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
 # by halves, and there are many pairs.

@@ -27,7 +27,7 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
     edges: Float64s  # (V, 31) inner quantiles of its values, or of its score
     counts: Ints  # (cells,) without those of the error to expect
     held_out: Ints | None = None  # (2, 32) scores of held-out data, and how many of these answers were right
-    # Of its first value, if held-out data tell it. Not encoded otherwise, so that digests of earlier references hold.
+    # For its first value, if held-out data show it. Not encoded otherwise, so that digests of earlier references hold.
     error: ErrorReference | msgspec.UnsetType = msgspec.UNSET
 
     @property
