@@ -102,7 +102,7 @@ class DeviceAlertSource:
         self.fleet, self.sender = fleet, device
         self._last = 0
         self._states: dict[str, AlertState] = {}
-        # Of the newest message of each alert. A cursor that was not committed asks for the same alerts again.
+        # From the newest message of each alert. A cursor that was not committed asks for the same alerts again.
         self._numbers: dict[str, int] = {}
 
     def changed(self, cursor: int | None) -> tuple[int, list[AlertState]]:

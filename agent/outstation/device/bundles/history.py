@@ -98,7 +98,7 @@ def store_copy(loaded: Bundle, data_dir: Path) -> bool:
     target = copy_folder(data_dir, loaded.digest)
     if target.is_dir():
         return True
-    # Of use to few starts.
+    # Few starts need it.
     import shutil
 
     partial = target.with_name(target.name + _PARTIAL_SUFFIX)

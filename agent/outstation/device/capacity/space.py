@@ -56,7 +56,7 @@ _BY_RANK = groupby(
     sorted((k.eviction_rank, k.name) for k in KINDS.values() if k.eviction_rank is not None), itemgetter(0)
 )
 EVICTION_ORDER = tuple(tuple(name for _, name in kinds) for _, kinds in _BY_RANK)
-# Of the least importance. A metered connection may be too small for them.
+# The least important ones. A metered connection may be too small for them.
 _EXPIRING_KINDS = frozenset(name for kinds in EVICTION_ORDER[:2] for name in kinds)
 # Delivery counts as stalled after this time without an acknowledgement.
 STALLED_S = 60.0

@@ -2,7 +2,7 @@
 
 A batch reads rows and their history, computes results, drift windows and all messages without touching the store, and
 commits cursor, drift state, stored predictions and messages in one transaction. While the model's process computes, the
-rows are committed to and measured for drift. Of a backlog, it computes the next batch meanwhile.
+rows are committed to and measured for drift. During a backlog, it computes the next batch meanwhile.
 """
 
 from __future__ import annotations

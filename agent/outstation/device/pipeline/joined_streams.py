@@ -243,7 +243,7 @@ class JoinedReader:
             pieces.append(_JoinedPart(piece.first + valued, piece.t[valued], matrix[valued], at))
             count += len(valued)
             if count >= _MAX_ROWS:
-                # Of a stream that was stored long before, rows that no window needs make way.
+                # Rows that no window needs make way in a stream that was stored long before.
                 part = _concatenate(pieces)
                 pieces = [part.select_rows(joins.select_needed(spec, part.t, times))]
                 count = len(pieces[0].t)

@@ -175,7 +175,7 @@ def _describe_result(rule: CompiledRule, context: RuleContext, results: BatchRes
     return ResultTexts(context.device, context.task, label, numbers[0], numbers[1], time)
 
 
-# Results that wait for their drift window, at most. Of a longer one, earlier results are judged by open alerts alone.
+# Results that wait for their drift window, at most. Earlier results of a longer one are judged by open alerts alone.
 MAX_PENDING = 512
 
 

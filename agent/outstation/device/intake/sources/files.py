@@ -223,7 +223,7 @@ class FolderWatcher:
         for name, state in states.items():
             before, since = known.get(name, (None, now))
             self._file_states[name] = (state, since if before == state else now)
-        # What cannot be moved is tried again if it changes.
+        # A file that cannot be moved is tried again if it changes.
         self._stuck &= {name for name in self._stuck if known.get(name) == self._file_states.get(name)}
         settled = (name for name, (_, since) in self._file_states.items() if began_s - since >= _SETTLED_S)
         return sorted(name for name in settled if name not in self._stuck)

@@ -34,7 +34,7 @@ class FinishedFiles:
 
     def __init__(self) -> None:
         self._files: dict[str, FinishedFile] = {}
-        # Of files that were taken back, by claimed name.
+        # Records of files that were taken back, by claimed name.
         self._pauses_s: dict[str, float] = {}
         self._next_look_s = 0.0
 

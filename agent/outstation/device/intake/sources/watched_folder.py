@@ -28,7 +28,7 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 # A name has 255 bytes; the agent adds a number, or ".txt".
 _MAX_NAME_BYTES = 200
-# Of one look at the folder; the others wait for their turn.
+# Names that one look at the folder takes; the others wait for their turn.
 _MAX_FILES = 4096
 _INDEX_NAME = "rows.csv"
 # Bytes at the end of the index that a crash between an entry and the move of its file can have written.
