@@ -191,7 +191,7 @@ def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
 def render_table(watcher: FleetWatcher, problem: str, most: int | None = None, width: int = 80) -> Table:
     """Return a row for each device, in `width` characters; the sentence about alerts is cut first, and ends in dots.
 
-    Of more than `most` devices, those with the worst alerts are shown.
+    If there are more than `most` devices, those with the worst alerts are shown.
     """
     from rich import box
     from rich.table import Table
