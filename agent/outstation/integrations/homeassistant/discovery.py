@@ -35,7 +35,7 @@ ONLINE, OFFLINE = b"online", b"offline"
 RAISED, CLEARED = EVENT_TYPES = ("raised", "cleared")
 # Open alerts of a device that its document names.
 MAX_OPEN = 200
-# What the button of a task publishes.
+# Payload that the button of a task publishes.
 CONFIRM = b"confirm"
 _NONE_IF_MISSING = "{{{{ value_json.{} }}}}"
 
