@@ -266,7 +266,7 @@ FLEETS = (
     _fleet("enrol pi-08 --request {rows.csv}", "rows.csv", "outstation request"),
     _fleet("enrol-list {rows.csv} --out {out}", "rows.csv", "device"),
     _fleet("drift --since yesterday", "--since / yesterday", "24 h"),
-    _fleet("rollout start {none.toml}", "none.toml", "rollouts-operator.md"),
+    _fleet("rollout start {none.toml}", "none.toml", "rollouts.md"),
     _fleet(
         "rollout start {r.toml}",
         "r.toml / version / 9.9.9",

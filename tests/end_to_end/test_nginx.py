@@ -136,7 +136,7 @@ def test_nginx_with_the_lines_of_the_guide_to_updates_serves_a_copy_with_a_fresh
 ) -> None:
     copied = CliRunner().invoke(fleet, ["repository", "copy", str(tmp_path / "models"), "--dir", str(folder)])
     assert copied.exit_code == 0, copied.output
-    with Nginx(tmp_path / "nginx", "guides/updates.md", {"/srv/models": str(tmp_path / "models")}) as nginx:
+    with Nginx(tmp_path / "nginx", "guides/rollouts.md", {"/srv/models": str(tmp_path / "models")}) as nginx:
         _check_repository(nginx, tmp_path / "models" / "repository", "/repository")
         timestamp = nginx.ask("GET", "/repository/metadata/timestamp.json")
         assert timestamp.headers["cache-control"] == "no-cache"

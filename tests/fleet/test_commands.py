@@ -30,7 +30,7 @@ from outstation.protocol.wire.messages import CommandPayload
 from outstation.protocol.wire.verification import verify_message
 from outstation.workbench.testing.messages import MessageSender, new_key
 
-COMMANDS = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"
+COMMANDS = Path(__file__).parents[2] / "docs" / "reference" / "remote-commands.md"
 FLEET, DEVICE = "acme", "pi-07"
 REPLY = f"outstation/{FLEET}/{DEVICE}/reply"
 TIME = "2026-11-24T22:18:01.000000Z"
@@ -233,7 +233,7 @@ def test_a_damaged_counter_file_is_restored_from_the_database(
         store.ingest([Arrival(sender.verify(report))], [], TIME)
     store.close()
     (tmp_path / COUNTER_FILE).write_text("damaged\n")
-    says = r"write the highest used counter into it .*docs/reference/commands\.md"
+    says = r"write the highest used counter into it .*docs/reference/remote-commands\.md"
     with pytest.raises(UsageError, match=says), reserve_counter(tmp_path, lambda: now):
         pass
     [query] = re.findall(r"^    (SELECT max\(counter\).*?;)$", COMMANDS.read_text(), re.MULTILINE | re.DOTALL)

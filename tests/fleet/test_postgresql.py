@@ -484,9 +484,9 @@ def test_the_queries_of_the_document_run(store: FleetStore) -> None:
     report = {"ax": {"state": "drift", "mean": 0.5, "m2": 8.0, "counts": [3, 4]}}
     columns = {"row": [1], "t": [1], "value": [20], "value_humidity": [0.5]}
     add(store, sender, sender.results(1, columns=columns, rows_at=(1, 1)), sender.drift(features=report))
-    text = (Path(__file__).parents[2] / "docs" / "guides" / "collector.md").read_text(encoding="utf-8")
-    section = text.partition("## PostgreSQL")[2].partition("## Several")[0]
-    queries = re.findall(r"^    (SELECT.*?;)$", section, re.MULTILINE | re.DOTALL)
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "fleet-database.md").read_text(encoding="utf-8")
+    section = text.partition("## Queries on PostgreSQL")[2].partition("\n## ")[0]
+    queries = re.findall(r"^(SELECT.*?;)$", section, re.MULTILINE | re.DOTALL)
     result = [ask(store, query.rstrip(";")) for query in queries]
     assert len(result) == 5
     assert result[1] == [("pi-07", 1, 0.5, (8.0 / 2000) ** 0.5)]

@@ -336,7 +336,7 @@ def test_the_document_lists_every_table_and_view(tmp_path: Path) -> None:
     store.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as db:
         made = {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")}
-    text = (Path(__file__).parents[2] / "docs" / "guides" / "collector.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "fleet-database.md").read_text(encoding="utf-8")
     listed = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert listed == {name for name in made if not name.startswith(("_", "sqlite_"))}
 

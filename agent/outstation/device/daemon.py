@@ -390,7 +390,7 @@ class Daemon:
                 label_metrics.tick(scheduled.task, self._store, self._message_log, self._now(), keep_s)
                 self._clear_backoff(name, _LABELS_SUFFIX)
             except (StorageBusy, StorageFull) as problem:
-                # What fails for one task fails for the next.
+                # An error of one task would come for the next one, too.
                 self._next_label_check = self._now().boot_s + _LABEL_RETRY_S
                 log.error("task %s: %s; labels are evaluated again in a minute", name, problem)
                 return

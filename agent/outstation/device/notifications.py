@@ -1,4 +1,4 @@
-"""Notifications of a device without a collector: its alerts, and the file in which the notifier keeps what it told."""
+"""Notifications of a device without a collector: its alerts, and the file with what the targets know."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHUNK = 1000
 
 
 class NotifyFile:
-    """SQLite file beside the store. What it holds can be told again, so a damaged one is replaced."""
+    """SQLite file beside the store. Its content can be notified again, so a damaged one is replaced."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._is_damaged = folder / DATABASE, False
@@ -102,7 +102,7 @@ class DeviceAlertSource:
         self.fleet, self.sender = fleet, device
         self._last = 0
         self._states: dict[str, AlertState] = {}
-        # Of the newest message of each alert. A cursor that was not committed asks for the same alerts again.
+        # From the newest message of each alert. A cursor that was not committed asks for the same alerts again.
         self._numbers: dict[str, int] = {}
 
     def changed(self, cursor: int | None) -> tuple[int, list[AlertState]]:
@@ -126,7 +126,7 @@ class DeviceAlertSource:
             self._message_log.append(tx, "alerts", None, alert.to_body(), self._now())
 
     def clear_target_alerts(self) -> None:
-        """Clear the alerts of failing targets about which the file knows nothing; one that still fails is told anew."""
+        """Clear the alerts of failing targets that are not in the file; one that still fails is notified anew."""
         self._read()
         for state in self.open_alerts():
             if state.alert == TARGET_FAILS_ON_DEVICE.alert:

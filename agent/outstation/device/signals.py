@@ -21,7 +21,7 @@ class Signals(msgspec.Struct):
     is_terminating: bool = False
     failure: Exception | None = None
     is_reload_requested: bool = False
-    # Reads the config again; None if it is invalid, and the daemon goes on with its own.
+    # Reads the config again; None if it is invalid, and the daemon keeps its own.
     read_config: Callable[[], Config | None] = lambda: None
     # Config of the daemon that follows this one in the same process.
     next_config: Config | None = None

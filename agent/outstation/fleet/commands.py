@@ -112,8 +112,8 @@ def reserve_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
         except ValueError as error:
             raise UsageError(
                 f"{path}: holds no counter ({error}), and devices refuse a counter that is not above the last; write "
-                "the highest used counter into it (docs/reference/commands.md has the query), or delete it if no clock "
-                "was ever ahead"
+                "the highest used counter into it (docs/reference/remote-commands.md has the query), or delete it if "
+                "no clock was ever ahead"
             ) from None
         try:
             durable_files.write(path, f"{counter}\n".encode(), 0o600)

@@ -191,7 +191,7 @@ def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
 def render_table(watcher: FleetWatcher, problem: str, most: int | None = None, width: int = 80) -> Table:
     """Return a row for each device, in `width` characters; the sentence about alerts is cut first, and ends in dots.
 
-    Of more than `most` devices, those with the worst alerts are shown.
+    If there are more than `most` devices, those with the worst alerts are shown.
     """
     from rich import box
     from rich.table import Table
@@ -243,7 +243,7 @@ def _allocate_widths(longest: Sequence[int], width: int) -> list[int]:
 
 
 def _rank(view: DeviceView) -> int:
-    """Return how much a device needs somebody: by its worst alert, then by whether it is away."""
+    """Return how urgently a device needs attention: by its worst alert, then by whether it is away."""
     worst = max((_SEVERITIES.index(alert.severity) + 1 for alert in view.alerts.values()), default=0)
     return 2 * worst + (view.state != "online")
 

@@ -40,7 +40,7 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "it is no regular file")
         make_folder(path.parent)
-        # Removed first: never written through a link that somebody left under this name.
+        # Removed first: never written through a link that another user left under this name.
         new.unlink(missing_ok=True)
         write_new(new, data, mode)
         rename(new, path)

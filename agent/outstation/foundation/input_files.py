@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from outstation.foundation.errors import UsageError, explain
 
 MAX_BYTES = 256 << 20
-# Of a device whose config names none.
+# For a device whose config names none.
 DATA_DIR = "/var/lib/outstation"
 _PIPE_WAIT_MS = 10_000
 _KINDS = {

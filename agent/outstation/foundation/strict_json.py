@@ -1,6 +1,6 @@
 """Strict JSON: reject texts that two readers may understand differently (RFC 8259 sections 4 and 9).
 
-A signature covers bytes, not their meaning. Of a duplicate key decoders silently take one value, and they differ in how
+A signature covers bytes, not their meaning. Decoders silently take one value of a duplicate key, and they differ in how
 deeply they nest: some stop at 64 levels, others at the interpreter's stack.
 """
 

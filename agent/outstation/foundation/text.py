@@ -34,7 +34,7 @@ def count_columns(text: str) -> int:
 
 
 def pad(text: str, columns: int, *, right: bool = False) -> str:
-    """Fill with spaces to so many columns of a terminal; with `right`, the text ends there."""
+    """Fill with spaces to a number of columns of a terminal; with `right`, the text ends there."""
     spaces = " " * (columns - count_columns(text))
     return spaces + text if right else text + spaces
 

@@ -106,14 +106,14 @@ class Client:
 
     `address` is the daemon's socket file, or `127.0.0.1:PORT` with the `token` of the daemon's `intake.token_file`.
     `name`, 1 to 64 characters, belongs to one producer at a time. `patience_s` bounds the wait for an answer, and must
-    exceed the daemon's `commit_every`. `outage_s` bounds how long a named client goes on without the daemon. With
+    exceed the daemon's `commit_every`. `outage_s` bounds how long a named client continues without the daemon. With
     `reconnect` False, a lost connection is an error at once; a new client of the same name continues after `through`.
     With `forget` True, the daemon forgets the lines of this name before, and counts from 1.
 
     Raises ConnectionError if the daemon is away: with a name after `patience_s` at the start and `outage_s` later;
-    without one at once, because the fate of the last lines is then unknown. A named client may go on afterwards: it has
-    not kept the row of the `send` that raised, and sends earlier rows once the daemon answers. Raises PermissionError
-    if the daemon refuses the producer, and RuntimeError if another producer uses the name.
+    without one at once, because the fate of the last lines is then unknown. A named client may be used afterwards: it
+    has not kept the row of the `send` that raised, and sends earlier rows once the daemon answers. Raises
+    PermissionError if the daemon refuses the producer, and RuntimeError if another producer uses the name.
     """
 
     def __init__(
@@ -438,7 +438,7 @@ class Client:
     def _pending_note(self) -> str:
         if not self._pending:
             return ""
-        # Whoever goes on with this client must not send them twice.
+        # A caller who uses this client again must not send them twice.
         unless = ", unless you go on with this client: it sends them itself" if self._reconnects else ""
         return f"; {len(self._pending)} lines are not acknowledged; send them again{unless}"
 

@@ -165,7 +165,7 @@ def _build_commands(
 
     def install_certificate(args: Mapping[str, str], _: ClockReading) -> Effect:
         end = certificate.install_certificate(conf, args["certificate"])
-        # The session goes on; the next connection uses it.
+        # The session continues; the next connection uses it.
         return Effect(f"The TLS certificate is valid until {end:%Y-%m-%d}.", {"end": f"{end:%Y-%m-%dT%H:%M:%SZ}"})
 
     actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "cancel-wipe": wipe.cancel}

@@ -17,7 +17,7 @@ from outstation.protocol.wire import enrolment_request, invitation
 from outstation.protocol.wire.invitation import Invitation
 from outstation.protocol.wire.keys import PublicKey
 
-# More come only from somebody who keeps the true answer away.
+# More come only from an attacker who withholds the true answer.
 _MAX_FORGED = 10
 _REPEAT_S, _RETRY_S, _CONFIRM_S = 5.0, 2.0, 10.0
 

@@ -43,9 +43,9 @@ _MEMBERS = {
     CONFIG_FILE: 0o640,
 }
 _MAX_MEMBER_BYTES = 1 << 20
-# What a fleet decides. All other sections are the device's own.
+# Sections that a fleet decides. All other sections are the device's own.
 FLEET_SECTIONS = ("broker", "collector", "operators", "updates")
-# What in these sections depends on the device's network: it stays, unless the fleet sets it.
+# Keys of these sections that depend on the device's network: they stay, unless the fleet sets them.
 _OWN_KEYS = {
     "broker": ("metered", "max_message_bytes", "compress"),
     "updates": ("window", "max_rate", "max_size", "poll_interval"),

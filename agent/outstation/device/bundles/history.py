@@ -77,7 +77,7 @@ def locate_bundle(conf: Config, store: Store | None, task: str) -> Path:
     try:
         has_changed = bundle.read(configured, None).digest != override.configured
     except BadBundle:
-        # The configured bundle cannot be read: the current one goes on.
+        # The configured bundle cannot be read: the current one continues to run.
         has_changed = False
     return configured if has_changed else copy_folder(conf.data_dir, override.digest)
 
@@ -98,7 +98,7 @@ def store_copy(loaded: Bundle, data_dir: Path) -> bool:
     target = copy_folder(data_dir, loaded.digest)
     if target.is_dir():
         return True
-    # Of use to few starts.
+    # Few starts need it.
     import shutil
 
     partial = target.with_name(target.name + _PARTIAL_SUFFIX)

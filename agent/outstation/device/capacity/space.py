@@ -56,7 +56,7 @@ _BY_RANK = groupby(
     sorted((k.eviction_rank, k.name) for k in KINDS.values() if k.eviction_rank is not None), itemgetter(0)
 )
 EVICTION_ORDER = tuple(tuple(name for _, name in kinds) for _, kinds in _BY_RANK)
-# Of the least importance. A metered connection may be too small for them.
+# The least important ones. A metered connection may be too small for them.
 _EXPIRING_KINDS = frozenset(name for kinds in EVICTION_ORDER[:2] for name in kinds)
 # Delivery counts as stalled after this time without an acknowledgement.
 STALLED_S = 60.0
@@ -255,7 +255,7 @@ class SpaceManager:
             for task in behind:
                 # Evicted rows count as consumed, so that no batch meets the gap.
                 tx.advance_cursor(task, chunks.last + 1, chunks.last)
-            # A task that joins these rows has no cursor on them; it goes on with the rows that are left.
+            # A task that joins these rows has no cursor on them; it continues with the rows that are left.
             joined = self._joined_through(stream).items()
             behind |= {task: row for task, row in joined if row < min(chunks.last, behind.get(task, chunks.last))}
             used = min(behind.values(), default=chunks.last)

@@ -109,7 +109,7 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
 def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, flash_share: float) -> dict[str, Any]:
     flash = process.written_bytes * flash_share if process.seconds > 0 else None
     energy = process.own_energy_j
-    # Of a simulated device only the processor time is unknown.
+    # Only the processor time of a simulated device is unknown.
     cpu_s = None if process.seconds > 0 and process.cpu_s is None else task.cpu_us / 1e6
     cpu_share = task.cpu_us / 1e6 / process.cpu_s if process.cpu_s else 0.0
     joules = None if energy is None else energy * min(1.0, cpu_share)

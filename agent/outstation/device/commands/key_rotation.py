@@ -1,6 +1,6 @@
 """Key rotation: the old signing key signs that the new one follows, and the new one proves itself.
 
-The log goes on with the new key behind that message. Messages outside the log (state, keys, replies) keep the old key
+The log continues with the new key behind that message. Messages outside the log (state, keys, replies) keep the old key
 until the collector has acknowledged the rotation: before, it could not verify the new one. If that message is lost
 first (a damaged card, no room), the old key signs it again: without it the collector takes nothing more of this device.
 """

@@ -1,6 +1,6 @@
 """Wipe: operators erase the device's readings, results, state and keys.
 
-The answer to the first command holds a word that the second must repeat, which proves that somebody read it. A wipe
+The answer to the first command holds a word that the second must repeat, which proves that the operator read it. A wipe
 that one key confirmed is announced by an alert and happens after a delay, unless an operator cancels it or its key is
 revoked meanwhile; a second key that confirms one makes it happen at once. A restart continues the delay.
 

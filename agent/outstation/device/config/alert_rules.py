@@ -170,7 +170,7 @@ def parse_for(text: str) -> Confirmation:
 
 
 def parse_unchanged(text: str) -> Confirmation:
-    """Parse `"2 h"` or `"100 windows"`: so many equal results are one fewer repetitions. Raises ValueError."""
+    """Parse `"2 h"` or `"100 windows"`: N equal results are N − 1 repetitions. Raises ValueError."""
     if match := re.fullmatch(_WINDOWS, text):
         if not 2 <= int(match[1]) <= MAX_WINDOWS:
             raise ValueError(f"{text!r} must be from 2 to {MAX_WINDOWS} windows")

@@ -67,7 +67,7 @@ class OperatorsConfig(Section, frozen=True):
     ```
 
     The fleet's trust document replaces `keys`, `deployers`, `reporters` and `[collector] key` (see
-    [updates](../guides/updates.md)).
+    [keys](keys.md#keys-of-operators-and-collector)).
     """
 
     keys: list[str] = msgspec.field(default_factory=list)

@@ -29,7 +29,7 @@ class UpdatesConfig(Section, frozen=True):
     max_rate = "100 KiB"
     ```
 
-    Without this section the device fetches no bundles. See [docs/reference/updates-device.md](updates-device.md).
+    Without this section the device fetches no bundles. See [updates on the device](updates.md).
     """
 
     url: str

@@ -271,7 +271,7 @@ class ProducerConnection(asyncio.BufferedProtocol):
 
     async def _start(self, data: bytes) -> None:
         """Handle the first bytes, which begin with a greeting or not. Raises Refusal."""
-        # Of a first line or frame beyond the limit, the rest is no beginning.
+        # The rest of a first line or frame beyond the limit is no beginning.
         if not self._splitter.is_dropping:
             _check_first_bytes(data)
         items, now = self._splitter.split(data), self._now()

@@ -1,6 +1,7 @@
 """Decode process: decodes the files of a stream in a confined child, one file after another.
 
-Hostile bytes can end that process, or take the memory it was given; the daemon goes on. It starts with the first file.
+Hostile bytes can end that process, or take the memory it was given; the daemon keeps running. The process starts with
+the first file.
 """
 
 from __future__ import annotations

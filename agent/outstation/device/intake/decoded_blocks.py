@@ -1,6 +1,6 @@
 """Messages between the daemon and the process that decodes its files: packed columns, each message with its length.
 
-The process runs decoders over hostile bytes. What it sends is checked like what a producer sends.
+The process runs decoders over hostile bytes. Its rows are checked like those of a producer.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def read_blocks(
     types = {field.name: _COLUMN_TYPES.get(field.type, ColumnType.FLOAT) for field in stream.fields}
     types["t"] = ColumnType.TIME
     if isinstance(table, JsonLinesTable):
-        # Of a member that is renamed to a field, the field's own name may not be a member.
+        # If a member is renamed to a field, the field's own name may not be a member.
         sources = {name: name for name in types if name not in layout.ignored}
         sources |= {field: column for column, field in layout.renamed.items()}
     else:

@@ -181,7 +181,7 @@ class Listener:
 
 
 class UnixListener:
-    """Listener at `path`, which binds a new socket if somebody deletes or replaces the file. Raises UsageError."""
+    """Listener at `path`, which binds a new socket if the file is deleted or replaced. Raises UsageError."""
 
     def __init__(self, path: Path, listen: Callable[[socket.socket], Listener]) -> None:
         self._path, self._listen, self._problem = path, listen, ""

@@ -21,9 +21,9 @@ from outstation.foundation.clock import ClockReading
 MAX_RECENT_ROWS = 65_536
 _MAX_READ_BYTES = 16 << 20
 DUPLICATE, LATE, STEP, OUT_OF_ORDER = "duplicate", "late", "step", "out of order"
-# On an unsynced clock, so many late rows in a row show that the latest time was wrong: the last of them is accepted.
+# On an unsynced clock, this number of consecutive late rows shows that the latest time was wrong: the last is accepted.
 MAX_LATE_RUN = 3
-# Of the stored rows so many are read after a start, to learn their latest time.
+# Number of stored rows that are read after a start, to learn their latest time.
 _NEWEST_ROWS = 4096
 # Multiplier of the splitmix64 generator; odd, so that no information is lost.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

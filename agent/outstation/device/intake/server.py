@@ -1,6 +1,6 @@
 """Intake server: JSON lines on sockets, answered once per commit, and the daemon's own sources.
 
-A producer that begins with `{"client":"NAME"}` is told how many of its lines are stored, and its line count continues
+A producer that begins with `{"client":"NAME"}` gets the number of its stored lines, and its line count continues
 from there: lines that it repeats after a broken connection are stored once. A name has one connection, the newest one
 of the user that holds it; lines that an older connection has in flight are ignored.
 """

@@ -2,8 +2,8 @@
 
 The keys of messages' commitments are derived from `COMMITMENT_SECRET`. It lies outside the store, so that salvaging a
 store leaves it as it is; `wipe` erases it. `LABEL_KEY` authenticates who gives a label at the intake socket, where
-whoever may write rows may send labels. Only a label whose author has a token, which this key makes, feeds a decision:
-the comparison of two bundles, and alerts about accuracy where the site has such labels.
+a program that may write rows may send labels. Only a label whose author has a token, which this key makes, feeds a
+decision: the comparison of two bundles, and alerts about accuracy where the site has such labels.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def _log_change(action: str, before: str, after: str) -> None:
 
 def lower_priority(conf: config.ThrottleConfig) -> None:
     """Lower the priority of this thread, which runs the models, below intake, uplink and other programs."""
-    # Of use to the daemon alone.
+    # Only the daemon needs it.
     import psutil
 
     try:

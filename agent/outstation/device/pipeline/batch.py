@@ -2,7 +2,7 @@
 
 A batch reads rows and their history, computes results, drift windows and all messages without touching the store, and
 commits cursor, drift state, stored predictions and messages in one transaction. While the model's process computes, the
-rows are committed to and measured for drift. Of a backlog, it computes the next batch meanwhile.
+rows are committed to and measured for drift. During a backlog, it computes the next batch meanwhile.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _build_predictions(
 
 
 def _allocate_error_bins(task: LoadedTask, windows: int) -> ErrorBins:
-    """Return room for the bins of answers: labels that come later have no inputs to tell the error to expect."""
+    """Return empty bins of the answers: an expected error follows from inputs, which are gone when labels arrive."""
     if task.drift_monitor is None or task.drift_state is None:
         return NO_ERROR_BINS
     return {name: np.zeros(windows, np.uint8) for name in task.drift_monitor.shipped.error_references}

@@ -123,7 +123,7 @@ def build_result_messages(
 def find_faulty_fields(states: Sequence[DriftState | None], windows: Sequence[DriftWindowResult]) -> list[str]:
     """Return the fields with an open fault alert in one of the states, or with a fault in a drift window.
 
-    Of very many, or with long names, only the first are listed.
+    If they are very many, or have long names, only the first are listed.
     """
     known = [state for state in states if state is not None]
     faulty = {name for state in known for name in itertools.compress(state.fields, state.faults.open_fields)}

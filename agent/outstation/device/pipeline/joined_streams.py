@@ -148,7 +148,7 @@ class JoinedReader:
             with store.transaction() as tx:
                 tx.save_state(self._task, task_keys.JOINED_WAIT, msgspec.json.encode(self._waiting))
         except StorageFull:
-            # The wait goes on in memory; a batch that is ready does not need this room.
+            # The wait continues in memory; a batch that is ready does not need this room.
             return
         self._saved_wait = self._waiting
 
@@ -201,7 +201,7 @@ class JoinedReader:
         return ready
 
     def _wait_after(self, end_rows: Ints, ready: int) -> JoinedWait | None:
-        """Return the wait that goes on for windows that end at `end_rows` (w,) once the first `ready` are committed."""
+        """Return the remaining wait, for windows that end at `end_rows` (w,), once the first `ready` are committed."""
         if self._waiting is None or not ready:
             return self._waiting
         # Row numbers may have begun again: no wait reaches beyond the windows that are there.
@@ -243,7 +243,7 @@ class JoinedReader:
             pieces.append(_JoinedPart(piece.first + valued, piece.t[valued], matrix[valued], at))
             count += len(valued)
             if count >= _MAX_ROWS:
-                # Of a stream that was stored long before, rows that no window needs make way.
+                # Rows that no window needs make way in a stream that was stored long before.
                 part = _concatenate(pieces)
                 pieces = [part.select_rows(joins.select_needed(spec, part.t, times))]
                 count = len(pieces[0].t)

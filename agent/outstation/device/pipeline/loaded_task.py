@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from outstation.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
     from outstation.device.samples.selection import SampledTask
 
-# Model windows of a batch, and at most so many before a model was tuned. Short windows are more, up to so many rows and
+# Model windows of a batch, and their limit before a model was tuned. Short windows are more, up to a number of rows and
 # values: what a batch costs by itself is a tenth of 16,384 rows.
 _BATCH_WINDOWS, _UNTUNED_WINDOWS = 2048, 512
 _BATCH_ROWS, _BATCH_VALUES = 32_768, 1 << 20

@@ -78,7 +78,7 @@ def take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> S
     started, task.started = task.started, None
     if started is None or started.batch.first != after + 1 or len(started.batch.t) > _with_rest(max_rows):
         return None
-    # Evicted rows are declared as lost, and whoever ended the model's process did not mean the batch.
+    # Evicted rows are declared as lost, and the end of the model's process was not caused by the batch.
     is_lost = store.first_row(task.config.stream) > after + 1 or started.run.run.failure is not None
     return None if is_lost else started
 

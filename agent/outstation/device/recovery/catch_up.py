@@ -178,7 +178,7 @@ def _advance_numbers(
             db.execute(sql, (task, row, row))
             cursors[task] = [(before + 1, row)]
     for kid, counter in saved.commands.items():
-        # A command that ran must not run again when somebody repeats it.
+        # A command that ran must not run again when its message is repeated.
         if counter > current.commands.get(kid, 0):
             db.execute("INSERT OR REPLACE INTO command_counters (kid, counter) VALUES (?, ?)", (kid, counter))
     return rows, cursors

@@ -1,7 +1,7 @@
 """Saved drift state: what drift detection learned with the previous bundle, set aside while a canary runs.
 
-The canary's own detection goes on under the usual names, with what it inherits. A rollback therefore costs the site
-neither its learned reference nor the rows counted since.
+The canary's own detection continues under the usual names, with the state that it inherits. A rollback therefore costs
+the site neither its learned reference nor the rows counted since.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class ShadowRunner:
         self.poll()
         if self._last_report_s is None:
             self._last_report_s = now.boot_s
-        # Of fewer windows than the least count, a message would say nothing.
+        # A message about fewer windows than the least count would say nothing.
         has_enough = not 0 < self.stats.n < message_log.least_count(self.task.name)
         is_due = has_enough and self.stats.batches >= batches_per_message(self.state.message_count, self._min_batches)
         is_late = self._has_more_labels or now.boot_s >= self._last_report_s + REPORT_INTERVAL_S

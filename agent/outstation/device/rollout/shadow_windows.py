@@ -219,8 +219,8 @@ def count_outcomes(
     """Compare both bundles' predictions with the labels of the outputs named in `after`, behind these numbers.
 
     Each label counts once; one that is corrected later counts as it arrived first. Labels whose author is not
-    authenticated count nowhere here: whoever may write rows must not be able to roll a bundle back, or let one pass.
-    Return the statistics and the number of the last label read of each output.
+    authenticated count nowhere here: a program that may write rows must not be able to roll a bundle back, or let one
+    pass. Return the statistics and the number of the last label read of each output.
     """
     others = {output.name: output for output in list_outputs(other)}
     stats: dict[str, ComparisonStats] = {}

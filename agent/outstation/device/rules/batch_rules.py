@@ -93,7 +93,7 @@ def retire(
 ) -> tuple[dict[str, RuleState], list[Alert]]:
     """Return the states for the task's `rules`, and the ends of alerts of rules that were removed or changed.
 
-    A changed rule starts anew. The number of its alerts goes on.
+    A changed rule starts anew, except for the number of its alerts.
     """
     current: dict[str, RuleState] = {}
     alerts = []
@@ -175,7 +175,7 @@ def _describe_result(rule: CompiledRule, context: RuleContext, results: BatchRes
     return ResultTexts(context.device, context.task, label, numbers[0], numbers[1], time)
 
 
-# Results that wait for their drift window, at most. Of a longer one, earlier results are judged by open alerts alone.
+# Results that wait for their drift window, at most. Earlier results of a longer one are judged by open alerts alone.
 MAX_PENDING = 512
 
 

@@ -148,7 +148,7 @@ def _measure_gaps(t: Ints, last_t: int | None) -> Ints:
 
 
 def _time_runs(flags: Bools, carried_us: int | None, gaps: Ints, needed_us: int, *, is_repetition: bool) -> Ints:
-    """Return how long (w,) µs each run of true `flags` has lasted; `carried_us`: that of a run that goes on.
+    """Return how long (w,) µs each run of true `flags` has lasted; `carried_us`: that of a run that began before.
 
     An outage of more than the time that is needed counts as half of it: it proves nothing, but two results that far
     apart on each side do. A run begins at its first window; with `is_repetition`, at the window before.

@@ -19,7 +19,7 @@ from outstation.foundation.day_window import DAY_S
 Reason = Literal["alert", "uncertain", "requested"]
 
 _META = "samples budget"
-# Of the bytes of a day, which all reasons together may have used after a message of this one.
+# Share of a day's bytes that all reasons together may have used after a message of this one.
 SHARES: dict[Reason, float] = {"uncertain": 0.5, "alert": 0.75, "requested": 1.0}
 COVERED, _DROPPED = "samples covered", "samples dropped."
 

@@ -24,7 +24,7 @@ def protect_column(
 
 
 def round_to_digits(values: Float64s, digits: int) -> Float64s:
-    """Round values (n,) to so many significant digits; NaN and infinity stay."""
+    """Round values (n,) to a number of significant digits; NaN and infinity stay."""
     usable = np.isfinite(values) & (values != 0)
     exponent = np.floor(np.log10(np.abs(values, where=usable, out=np.ones_like(values)))) - (digits - 1)
     # Powers of ten are exact up to 1e22, so that a quotient of integers is the nearest number to the decimal.

@@ -136,7 +136,7 @@ class Journal:
             os.close(self._file)
             raise
         self._opening, self.number = "", 0
-        # Of the newest block, and of the place where it is written next.
+        # Places of the newest block and of the next one.
         self._current: int | None = None
         self._spare = 0
         self.clear()

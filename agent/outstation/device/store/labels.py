@@ -28,7 +28,7 @@ from outstation.foundation import decoders
 from outstation.ml.performance.labels import MODEL, NO_TRUTH, VERDICT, Label
 
 MAX_EARLY_LABELS = 5_000
-# Of these, labels that nobody authenticated may take so many: a flood of them keeps no other out.
+# The part of these that labels without authentication may take: a flood of them displaces no others.
 MAX_OPEN_EARLY_LABELS = 4_000
 # Outcome of a label that must not replace the one that is there.
 PROTECTED = "protected"
@@ -257,9 +257,9 @@ class LabelStore:
     def trim_labels(self, tasks: Sequence[str], capacity: int, limit: int) -> None:
         """Delete up to `limit` of the oldest labels that exceed the capacity of all outputs of a task.
 
-        Each label without an author goes before any with one: whoever may write rows can send any number of labels,
-        which must not push out those of authors. The outputs with most labels lose them, but none loses its newest
-        `_MIN_OUTPUT_LABELS`.
+        Each label without an author goes before any with one: a program that may write rows can send any number of
+        labels, which must not push out those of authors. The outputs with most labels lose them, but none loses its
+        newest `_MIN_OUTPUT_LABELS`.
         """
         sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
         oldest = [(task, row[0]) for task in tasks if (row := self._db.execute(sql, (task,)).fetchone()) is not None]

@@ -133,7 +133,7 @@ class MessageLog(msgspec.Struct):
     def reissue(self, tx: Transaction, message: OutboxMessage, old_log: str) -> int:
         """Append a message of another log, unchanged but for its place in the log, and return its seq.
 
-        Of a device that joined a fleet, the device's id and the topic are others, too.
+        After a device joined a fleet, the device's id and the topic are others, too.
         """
         seq, prev = tx.log_head()
         body, topic = json.loads(message.payload), str(self._parse_topic(message))

@@ -25,7 +25,7 @@ ACKNOWLEDGED_HISTORY, UPTIME, GROWTH = "acknowledged history", "uptime", "growth
 WRITTEN_HISTORY = "written history"
 # Followed by a task: its `NewestResults`.
 NEWEST_RESULTS = "newest results "
-# Of each task. A screen of results, also where each message has a single one.
+# For each task. A screen of results, also where each message has a single one.
 MAX_NEWEST_MESSAGES, MAX_NEWEST_BYTES = 20, 64 << 10
 # A message stays up to 1/48 longer than it must; the history has at most twice as many entries.
 _HISTORY_PARTS = 48

@@ -9,9 +9,9 @@ One that passes but covers messages that this store never wrote shows that the s
 
 The messages that it covers are added to the acknowledged ones. One that covers fewer is an old one that comes again, or
 the collector was restored from a backup. No clock decides which: collectors have several.
-- One that covers a message written since the last undoubted one added any cannot be old. If it asks for acknowledged
-  messages, these wait again and are sent. Those that are no longer stored are declared as evicted, with the earlier
-  acknowledgement as evidence.
+- The device remembers its newest message at the time when an acknowledgement last added some. An acknowledgement
+  that covers a later message is new. If it asks for acknowledged messages, these wait again and are sent. Those that
+  are no longer stored are declared as evicted, with the earlier acknowledgement as evidence.
 - Any other is doubted; acknowledged messages stay acknowledged. If no message settles that within seconds, one is
   written for it, and no second one before the collector has answered.
 """
@@ -68,7 +68,7 @@ class Acknowledgements:
         self._find_collector = find_collector
         self._acknowledged = self._saved = store.acknowledged()
         self._evidence = store.get_meta(retention.ACKNOWLEDGEMENT, "")
-        # The last message that was written when an undoubted acknowledgement added messages.
+        # The last message that was written when an acknowledgement that is certainly new added messages.
         self._written_seq = self._last_written_seq()
         self._doubted: tuple[float, AckPayload] | None = None
         self._is_settling = False

@@ -1,4 +1,4 @@
-"""Alert about messages above the broker's largest packet: they stay in the outbox, and others go on.
+"""Alert about messages above the broker's largest packet: they stay in the outbox, and others are sent.
 
 The alert declares them to the collector, which cannot know otherwise why numbers are missing. It is raised once, and
 cleared when none of them waits: the broker took them after its limit was raised, or they were evicted.

@@ -2,7 +2,7 @@
 
 - Messages in flight never exceed the sink's window, and no message exceeds its largest size.
 - A message leaves the outbox when the collector's signed acknowledgement covers it; with delivery = "broker", when the
-  sink has accepted it and somebody was subscribed.
+  sink has accepted it and a subscriber was there.
 - Messages that an acknowledgement calls missing are sent again, in rounds. Without an acknowledgement the oldest
   messages and the newest are sent again, with exponential back-off: a collector asks for what is missing before the
   newest.

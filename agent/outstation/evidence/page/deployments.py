@@ -92,7 +92,7 @@ def _describe_rollout(
         for count in phases
     ]
     steps = [record for record in records if record.payload is not None][-_MAX_STEPS:]
-    # Of the devices' own actions, only departures from the plan are listed.
+    # Only departures from the plan are listed of the devices' own actions.
     steps += [record for record in records if record.phase in DEPARTURE_PHASES][:_MAX_DEPARTURES]
     steps = sorted(steps or records[:_MAX_DEPARTURES], key=lambda record: record.time)
     entries, shown = build_timeline(steps, _MAX_STEPS + _MAX_DEPARTURES)

@@ -11,7 +11,7 @@ from outstation.foundation import durable_files, input_files
 from outstation.foundation.errors import UsageError
 
 SUFFIXES = HEADS, REQUEST, RESPONSE = ".json", ".tsq", ".tsr"
-# Of a request or a response; a response with a chain of certificates has about 6 kB.
+# Most bytes of a request or a response; a response with a chain of certificates has about 6 kB.
 MAX_TOKEN_BYTES = 64 << 10
 
 

@@ -1,4 +1,4 @@
-"""Audit checkpoint: a signed state from which the next audit goes on.
+"""Audit checkpoint: a signed state from which the next audit continues.
 
 It verifies the messages behind the checkpoint, and compares those before it with a digest of their rows: that finds any
 change without signatures or decoding. The digest begins with the rows of the device's keys, on which the signatures

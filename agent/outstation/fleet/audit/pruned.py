@@ -1,8 +1,8 @@
 """Retention statement: what `fleet prune` removed of a device, signed with the collector's key.
 
-Its state is that of an audit of all that went, so that an audit goes on from there: the last digest of each chain, gaps
-and coverage so far, the rows that several messages gave, and the alerts that are still open. Each statement replaces
-the one before and names its digest; only the newest has a state.
+Its state is that of an audit of all that went, so that an audit continues from there: the last digest of each chain,
+gaps and coverage so far, the rows that several messages gave, and the alerts that are still open. Each statement
+replaces the one before and names its digest; only the newest has a state.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Replay:
                     yield (row[0], row[1], seq), problem
 
     def _apply_operators_words(self, store: FleetStore, devices: Devices) -> None:
-        """Let the logs end that an operator ended, who signs nothing."""
+        """End the logs that an operator ended: no signed message says so, only the stored row."""
         columns = ("device", "log", "successor", "last_seq", "until", "source")
         stored = store.derived_rows("log_successors", columns, "device, log, successor, source", devices)
         # A damaged row ends no log; it differs from what the messages give, which names it.

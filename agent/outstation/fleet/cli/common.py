@@ -34,7 +34,7 @@ def _inherit(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 
 
 def _find_home(ctx: click.Context, parameter: click.Parameter, folder: str | None) -> Path:
-    """Return the fleet's folder, and go on as its owner: files that root made there would stop the collector."""
+    """Return the fleet's folder, and continue as its owner: files that root made there would stop the collector."""
     home = _inherit(ctx, parameter, folder)
     home = home if isinstance(home, Path) else fleet_config.find_folder(home)
     become_owner(home)

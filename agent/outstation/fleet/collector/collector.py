@@ -148,7 +148,7 @@ class Collector:
             except (LinkDown, StorageError) as error:
                 if isinstance(error, BrokerUnsuitable) and self.share is not None:
                     # Silence would look like a fleet without messages. Collectors that run unshared wait for the
-                    # broker, which somebody may configure meanwhile.
+                    # broker, whose configuration may change meanwhile.
                     raise UsageError(str(error)) from None
                 delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
@@ -253,7 +253,7 @@ class Collector:
         for held in batch:
             link.acknowledge(held.delivery)
         if not self._broker.tls:
-            # With TLS the broker's access rules prove who sent them; otherwise it may be somebody else.
+            # With TLS the broker's access rules prove who sent them; otherwise it may be another sender.
             for refusal in unverified:
                 self._refund(refusal.device, refusal.payload)
         for acknowledgement in acknowledgements:

@@ -1,7 +1,7 @@
 """Quotas of messages and bytes of each device at a collector: token buckets.
 
 A message over quota is neither stored nor acknowledged, so it stays on the device, which sends it again. Messages of
-other devices go on.
+other devices are not affected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import msgspec
 
 from outstation.foundation.toml_files import Section
 
-# An empty bucket refills this long before it gives again: runs arrive whole, and a flood is dropped cheaply.
+# After it ran empty, a bucket refills for this time before it grants a message: runs of messages then pass whole, and a
+# flood is dropped cheaply.
 REFILL_S = 10.0
 
 
@@ -74,7 +75,7 @@ class DeviceQuotas:
         return bucket.is_open
 
     def refund(self, device: str, size: int) -> None:
-        """Give back what was taken for a message that may be somebody else's."""
+        """Give back what was taken for a message that may be another sender's."""
         if bucket := self._buckets.get(device):
             bucket.messages += 1
             bucket.size += size

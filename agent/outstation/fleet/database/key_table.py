@@ -16,7 +16,7 @@ from outstation.protocol.wire.key_rotation import parse_rotation
 from outstation.protocol.wire.keys import PublicKey
 from outstation.protocol.wire.verification import VerifiedMessage
 
-# Where the private half was made: whoever made it could have copied it.
+# Where the private half was made: its maker could have copied it.
 KeyMaker = Literal["device", "operator"]
 _ACTIVE_KEY = "SELECT kid, key FROM keys WHERE device = ? AND revoked IS NULL AND last_seq IS NULL"
 

@@ -80,7 +80,7 @@ _NUMBERS_DECODER = decoders.json_decoder(list[Magnitude | None])
 
 
 class FieldMoments(msgspec.Struct, frozen=True):
-    """Rows of a field in a learned reference, in its unit; 0 where they are too few to be told."""
+    """Rows of a field in a learned reference, in its unit; 0 where they are too few to be published."""
 
     n: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     mean: Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)] = 0.0

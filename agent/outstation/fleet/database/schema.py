@@ -54,7 +54,7 @@ _COLLECTION = (
         device TEXT NOT NULL, log TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
         declared BOOLEAN NOT NULL, PRIMARY KEY (device, log, first)) WITHOUT ROWID""",
     # The n-th statement about what `fleet prune` removed of a device, signed with a collector's key. state: JSON, from
-    # which an audit goes on; NULL but for the newest one.
+    # which an audit continues; NULL but for the newest one.
     """CREATE TABLE retention (
         device TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL,
         state BLOB, PRIMARY KEY (device, n))""",

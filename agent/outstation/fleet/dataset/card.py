@@ -18,7 +18,7 @@ from outstation.foundation.text import pluralize, printable
 from outstation.ml.poisoning.inspect import PoisoningReport
 from outstation.ml.poisoning.providers import Provider
 
-# One person gave more of the labels: whoever took over that account decides what the model learns.
+# One person gave more of the labels: a thief of that account decides what the model learns.
 _MAX_SHARE_OF_ONE = 0.9
 _CONFIRMED, _CONFIDENT = "confirmed", 0.9
 

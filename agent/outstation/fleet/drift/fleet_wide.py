@@ -49,7 +49,7 @@ class FleetWideDrift(msgspec.Struct, frozen=True):
     """`devices` of `device_count` have an open alarm of `subject`, raised from `since` to `until` (epoch µs).
 
     `usual_count`: devices that usually raise one within `span_us`; None if the observed time is too short. `p_value`:
-    probability of at least so many by chance, corrected for the number of fields and spans.
+    probability of at least this number by chance, corrected for the number of fields and spans.
     """
 
     subject: str

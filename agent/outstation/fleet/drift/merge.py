@@ -95,7 +95,7 @@ class PerformanceEstimates(msgspec.Struct):
     further: dict[str, PerformanceEstimates] = {}  # by further output
 
     def add(self, window: WindowReport, windows: int) -> None:
-        """Add the estimates of so many windows of a run, where they are the same for all."""
+        """Add the estimates of a run's windows, where they are the same for all."""
         self.add_output(window.expected, windows)
         for name, expected in window.further_expected.items():
             self.further.setdefault(name, PerformanceEstimates()).add_output(expected, windows)

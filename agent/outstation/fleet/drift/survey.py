@@ -41,7 +41,7 @@ MAX_DEVICE_GROUPS = 4
 RECENT_WINDOWS = 6  # Windows of each device that describe its current state; more if the last report is a longer run.
 # A clock more than a day ahead of ours is wrong.
 _MAX_AHEAD_US = 86_400_000_000
-# Of fewer, a process would cost more time than it saves.
+# With fewer, a process would cost more time than it saves.
 _MIN_PARALLEL_MESSAGES = 40_000
 
 FieldLayout = frozenset[tuple[str, int]]  # (field, number of bins)

@@ -22,7 +22,7 @@ from outstation.foundation import clock, input_files
 from outstation.foundation.errors import UsageError
 
 CA_YEARS = 10
-# Of the broker and the fleet's roles, which an operator can reach.
+# Certificates of the broker and the fleet's roles, which an operator can reach.
 LEAF_LIFETIME = timedelta(days=3650)
 # `fleet renew` renews it over MQTT while RENEW_BEFORE or less is left of it.
 DEVICE_LIFETIME, RENEW_BEFORE = timedelta(days=365), timedelta(days=90)

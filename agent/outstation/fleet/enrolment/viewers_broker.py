@@ -3,7 +3,7 @@
 At the fleet's broker the name in a certificate is the client id, so that nobody throws a device off by taking its id.
 Mosquitto has no pattern for client ids, so a viewer has one connection there. This broker knows no device: a viewer may
 take any id, as often as it likes, with its certificate or with a user name and password. What it takes in comes through
-one connection with the access of a viewer, and nothing goes back: whoever breaks in here has read the fleet's messages.
+one connection with the access of a viewer, and nothing goes back: an intruder here has read the fleet's messages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Export of the fleet's messages to Parquet, partitioned by kind and day, in steps that can be interrupted.
 
 A run exports the messages that no chunk has yet, in the order of their arrival. Each chunk is complete once the
-manifest names it; the next run goes on behind the last one. The files depend on the messages alone: interrupted or not,
-the same messages give the same files.
+manifest names it; the next run continues behind the last one. The files depend on the messages alone: interrupted or
+not, the same messages give the same files.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _open_manifest(
         return manifest
     if manifest.fleet != fleet:
         raise UsageError(f"{folder}: is the export of fleet {manifest.fleet!r}, not of {fleet!r}; name a new folder")
-    # Signing it again would make what somebody else wrote the collector's own.
+    # Signing it again would make the content of another writer the collector's own.
     if problem := manifest.find_signature_problem([key.public, *collectors]):
         raise UsageError(f"{folder / manifests.MANIFEST}: {problem}; export to a new folder")
     if filters not in (manifest.filters, Filters()):

@@ -43,7 +43,7 @@ class ExportQueries:
         self._duckdb = duckdb
         self._db: duckdb.DuckDBPyConnection = duckdb.connect(":memory:", config=_OFFLINE)
         self._db.execute("SET TimeZone = 'UTC'")
-        # Text of files must reach neither the network nor other files, whatever query somebody pastes.
+        # Text of files must reach neither the network nor other files, whatever query a person pastes.
         self._db.execute("SET allowed_paths = $1", [[path for paths in files.values() for path in paths]])
         self._db.execute("SET enable_external_access = false")
         for name, paths in files.items():

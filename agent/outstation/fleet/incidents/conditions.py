@@ -32,7 +32,7 @@ SILENT_INTERVALS, SILENT_GRACE_S = 3, 30.0
 UNSEEN_LIMIT_S = 86_400.0
 # Health messages that a backlog is judged by; so few waiting messages are no backlog.
 BACKLOG_MESSAGES, MIN_BACKLOG = 10, 100
-# Of their intervals, in which health messages must have arrived to show a backlog that grows.
+# Share of their intervals in which health messages must have arrived to show a backlog that grows.
 _LIVE_SHARE = 0.5
 MAX_AHEAD_S, MAX_LATE_S, LATE_SPREAD_S, LATE_MESSAGES = 60.0, 600.0, 30.0, 3
 STORAGE_WARNING_H, STORAGE_CRITICAL_H, STORAGE_CLEAR_H = 24.0, 6.0, 36.0
@@ -183,7 +183,7 @@ def check_clock(view: DeviceView, *, is_open: bool) -> Condition | None:
         ahead = format_duration(-newest.delay_s * 1e6)
         summary = f"The clock of {view.device} is {ahead} ahead of the collector's (it calls itself {newest.clock})."
         return Condition(CLOCK_AT_COLLECTOR, view.device, summary, "warning")
-    # What waited arrives late, too, but sooner and sooner; and then messages still wait.
+    # Messages of a backlog arrive late, too, but ever sooner; and then others still wait.
     delays = [report.delay_s for report in view.health[:LATE_MESSAGES] if report.outbox < MIN_BACKLOG]
     spacing = view.health[0].received - view.health[min(len(view.health), LATE_MESSAGES) - 1].received
     is_constant = len(delays) == LATE_MESSAGES and max(delays) - min(delays) < LATE_SPREAD_S
@@ -233,7 +233,7 @@ def list_certificates(home: Path, own: Iterable[Path], devices: Iterable[str]) -
         if (end_us := _read_end(path)) is not None:
             yield Certificate("", path.name, path, end_us)
     for device in devices:
-        # What was issued later than this, the device has not confirmed.
+        # The device has not confirmed a certificate that was issued later than this.
         path = home / "devices" / device / "device.crt"
         if (end_us := _read_end(path)) is not None:
             yield Certificate(device, "device", path, end_us)
@@ -258,7 +258,7 @@ def find_ending(certificates: Iterable[Certificate], now_us: int) -> list[Condit
 
 
 def _read_end(path: Path) -> int | None:
-    # Of the collector's modules, only this check reads certificates.
+    # No other module of the collector reads certificates.
     from cryptography import x509
 
     try:

@@ -36,7 +36,7 @@ MAX_PAUSE_S = 30.0
 MAX_CLOCK_STEP_S = 5.0
 _MAX_STORED_AHEAD_US = 86_400_000_000
 CERTIFICATE_INTERVAL_S = 6 * 3600.0
-# From so many devices on, one clock that differs from most is more likely the collector's.
+# From this number of devices on, one clock that differs from most is more likely the collector's.
 MIN_CLOCKS = 3
 REFUSALS_OVER_US = 3_600_000_000
 _REFUSALS = (REFUSED_BY_COLLECTOR, OVER_QUOTA_AT_COLLECTOR)
@@ -100,7 +100,7 @@ class IncidentMonitor:
         return self._open
 
     def _check_refusals(self, now: ClockReading) -> list[Findings]:
-        """Keep open what goes on; `outstation.fleet.collector.refusal_alarm` decides what is raised."""
+        """Keep open the alarms that last; `outstation.fleet.collector.refusal_alarm` decides what is raised."""
         opened = {key: kind for kind in _REFUSALS for key in self._load_open() if is_of_kind(kind, key[1])}
         if not opened:
             return []

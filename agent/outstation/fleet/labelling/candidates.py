@@ -58,7 +58,7 @@ def list_next(db: Connection, *, device: str | None, task: str | None, limit: in
     """Return up to `limit` results to label, in turn of each task. `seed` chooses the random ones."""
     pairs = table.list_tasks(db, device, task)
     share = min(_MAX_ROWS, max(_MIN_ROWS, _READ_ROWS // max(1, len(pairs))))
-    # Of many tasks, each gives a few, so that the list is full even if most have none.
+    # Each of many tasks gives a few, so that the list is full even if most have none.
     few = min(limit, max(len(label_candidates.REASONS), 4 * limit // max(1, len(pairs))))
     pairs = pairs[: _READ_ROWS // _MIN_ROWS]
     logs = zip(pairs, log_succession.find_newest_logs(db, pairs), strict=True)

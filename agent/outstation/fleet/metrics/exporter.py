@@ -1,4 +1,4 @@
-"""Exporter: metrics as text, rendered from the fleet database at most once in some seconds, whoever asks."""
+"""Exporter: metrics as text, rendered from the fleet database at most once in some seconds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class DatabaseExporter:
             totals = self._store.read(self._refresh)
         except OutstationError as error:
             logger.warning("metrics: %s", error)
-            # What comes back may be another database.
+            # After an outage it may be another database.
             self._state.forget()
         state = self._state
         families = build_families(

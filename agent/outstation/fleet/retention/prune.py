@@ -1,7 +1,8 @@
 """Prune: remove what a retention no longer covers, one device at a time, and leave a signed statement of what went.
 
-What goes is verified first, so that the statement's state is that of an audit. A device with a message that does not
-verify keeps everything. Each device is one transaction: killed anywhere, its evidence is there or stated as pruned.
+Messages are verified before they go, so that the statement's state is that of an audit. A device with a message that
+does not verify keeps everything. Each device is one transaction: killed anywhere, its evidence is there or stated as
+pruned.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def _require_new(db: Connection, plan: RolloutPlan, topic: str) -> None:
 
 
 def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
-    """Raise UsageError if a step can never end. Of a group any number of devices may come."""
+    """Raise UsageError if a step can never end. A group may get any number of devices."""
     kind, _, target = plan.target.partition(":")
     if kind != "group":
         enrolled = rollouts.list_active_devices(db)

@@ -183,7 +183,7 @@ class PlanFile:
 def read(source: Path) -> PlanFile:
     """Read and validate a plan file. Raises ConfigError with file, key and fix."""
     content = toml_files.read(
-        source, _PlanSections, hook=_decode_hook, missing="PLAN is a TOML file, see docs/guides/rollouts-operator.md"
+        source, _PlanSections, hook=_decode_hook, missing="PLAN is a TOML file, see docs/guides/rollouts.md"
     )
     file = PlanFile(source, content)
     for key, problem in (*_check_rollout_section(content.rollout), *_check_steps(content)):

@@ -1,7 +1,7 @@
 """Roll-out publisher: reserve a counter, commit a decision, publish the desired state, in this order.
 
 One process per fleet folder does this at a time, so counters and the operator's single connection are never shared. A
-committed decision stays valid if the broker is unreachable; whoever publishes next sends it.
+committed decision stays valid if the broker is unreachable; the next program that publishes sends it.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def emit_or_follow(
     as_json: bool,
     poll_s: float = 0.5,
 ) -> None:
-    """Print `rows`; with `read_new`, go on until Ctrl-C, or until whoever reads the output ends.
+    """Print `rows`; with `read_new`, continue until Ctrl-C, or until the reader of the output ends.
 
     `read_new` is called each `poll_s` seconds. As JSON the rows are one document, or with `read_new` a line each.
     """

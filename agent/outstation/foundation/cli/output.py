@@ -29,7 +29,7 @@ _STYLE = r"\033\[[;?0-9]*[a-zA-Z]"
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
-    """Print text, whoever wrote it: control and bidi characters are escaped."""
+    """Print text of any author: control and bidi characters are escaped."""
     _write(printable_lines(text), nl=nl, err=err)
 
 

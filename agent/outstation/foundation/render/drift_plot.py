@@ -23,7 +23,7 @@ from outstation.foundation.render.svg import Drawing, text_width, truncate_text,
 from outstation.foundation.render.theme import DARK_THEME, LIGHT_THEME, Theme
 
 ROW_GAP = 14.0
-_ROW_HEIGHTS = ((2, 120.0), (8, 84.0), (math.inf, 58.0))  # up to so many rows
+_ROW_HEIGHTS = ((2, 120.0), (8, 84.0), (math.inf, 58.0))  # height in px, up to this number of rows
 MAX_ALERTS = 5
 COMPACT_ROW_HEIGHT = 48.0  # without a distribution
 _LEGEND_FONT_SIZE, _LEGEND_LINE_HEIGHT = 11.5, 17.0

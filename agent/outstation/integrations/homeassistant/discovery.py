@@ -35,7 +35,7 @@ ONLINE, OFFLINE = b"online", b"offline"
 RAISED, CLEARED = EVENT_TYPES = ("raised", "cleared")
 # Open alerts of a device that its document names.
 MAX_OPEN = 200
-# What the button of a task publishes.
+# Payload that the button of a task publishes.
 CONFIRM = b"confirm"
 _NONE_IF_MISSING = "{{{{ value_json.{} }}}}"
 
@@ -100,7 +100,7 @@ class Place(msgspec.Struct, frozen=True):
         return [f"{self.prefix}/device/+/config", f"{latest}/+", f"{latest}/+/drift"]
 
     def parse_device(self, topic: str) -> str | None:
-        """Return the device that a topic of ours belongs to; None for a topic of somebody else."""
+        """Return the device that a topic of ours belongs to; None for a topic of another program."""
         latest = f"{ROOT}/{self.fleet}/latest/"
         if topic.startswith(latest):
             return topic.removeprefix(latest).partition("/")[0]
@@ -400,7 +400,7 @@ def device_id(fleet: str, device: str) -> str:
 
 
 def parse_device_id(identifier: str) -> tuple[str, str]:
-    """Return (fleet, device). Raises ValueError for an identifier of somebody else."""
+    """Return (fleet, device). Raises ValueError for an identifier of another program."""
     device, at, fleet = identifier.removeprefix(_OWNER).partition(_AT)
     if not identifier.startswith(_OWNER) or not at:
         raise ValueError(f"{identifier[:80]!r} is no device of ours")

@@ -1,4 +1,4 @@
-"""Presses of Home Assistant's buttons: somebody there confirms or corrects the newest answer of a task.
+"""Presses of Home Assistant's buttons: a person confirms or corrects the newest answer of a task.
 
 MQTT does not name the publisher of a message, so the broker's access rules decide who may press. A press does not name
 the answer on the screen: one that arrives just after the answer changed is refused, as is a retained one.

@@ -1,4 +1,4 @@
-"""Section [notify]: whom alerts are told to, over which target, when, and how often."""
+"""Section [notify]: who is notified of which alerts, over which target, when, and how often."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from outstation.protocol.transport.broker_config import BrokerConfig, check_brok
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
 
-# File of a device, beside the store, with what its targets were told.
+# File of a device, beside the store, with the notifications that its targets got.
 DATABASE = "notify.db"
 MAX_TARGETS = 16
 MIN_REMINDER_S = 300.0

@@ -19,7 +19,7 @@ from outstation.foundation import input_files
 from outstation.foundation.errors import OutstationError, UsageError, explain
 from outstation.integrations.notify.message import shorten
 
-# Of each read and write, and of one delivery as a whole.
+# Seconds for each read and write, and for one delivery as a whole.
 TIMEOUT_S, TOTAL_S = 10.0, 30.0
 
 

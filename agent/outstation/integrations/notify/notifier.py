@@ -1,4 +1,4 @@
-"""Notifier: the thread that follows alerts, plans what each target is told, and has it sent.
+"""Notifier: the thread that follows alerts, plans the message to each target, and has it sent.
 
 It runs beside ingest, with a database connection of its own. Each turn commits what was planned before anything is
 sent, so a message that was sent but not marked, because the process was killed between the two, is sent again with the
@@ -113,7 +113,7 @@ class Notifier:
         self._is_loaded = True
 
     def _plan(self, now_s: float) -> None:
-        """Decide from the alerts what each target is told, and commit it together with the cursor."""
+        """Plan the messages to all targets from the alerts, and commit them together with the cursor."""
         # Reading first: a transaction would keep ingest waiting.
         cursor, changed = self._source.changed(self._cursor)
         # A clock that was set back must not stop reviews.

@@ -1,9 +1,9 @@
-"""Planner: from what a target knows and the present state of alerts to what it is told next; pure.
+"""Planner: compares what a target knows with the present alerts, and gives its next message; pure.
 
-Routing is which alerts a target is told of, and when.
+Routing decides which alerts a target is notified of, and when.
 
-- An open alert is told once for each message that raised it, unless somebody acknowledged or muted it before.
-- A muted alert is told neither when it is raised nor when it is cleared.
+- An open alert is notified once for each message that raised it, unless it was acknowledged or muted before.
+- A muted alert is notified neither when it is raised nor when it is cleared.
 - A cleared alert is told if its raising was, or was to be told: an alert that is over before anybody was told still
   happened.
 - A reminder is for alerts that nobody acknowledged, and that something will clear.
@@ -79,7 +79,7 @@ def select_ready(
 ) -> tuple[list[LedgerEntry], list[LedgerEntry]]:
     """Return the pending entries of a target that go out now, and those of its digest.
 
-    `digest_s`: when the last digest was due. `may_compose`: the target was told nothing for [notify] group_for.
+    `digest_s`: when the last digest was due. `may_compose`: the target got no message for [notify] group_for.
     """
     at_once, digest = [], []
     for entry in entries:
@@ -123,9 +123,9 @@ class Delivery(msgspec.Struct, frozen=True):
 
 
 def find_delivery(config: NotifyConfig, sender: str, target: str, alert: AlertState) -> Delivery | None:
-    """Return how `target` of `sender` is told of an alert; None if it is not."""
+    """Return how `target` of `sender` is notified of an alert; None if it is not."""
     if alert.alert == "notify" and alert.subject == target and alert.device in ("", sender):
-        # A target that fails is not told so itself; a device's own target may have the same name.
+        # A target that fails is not notified of it; a device's own target may have the same name.
         return None
     routes = [route for route in config.effective_routes() if target in route.targets and _matches(route, alert)]
     if not routes:

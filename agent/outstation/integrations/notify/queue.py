@@ -1,9 +1,10 @@
-"""The durable state of notifications: what each target was told and is to be told, and messages on their way.
+"""The durable state of notifications: what each target knows and is to know, and messages on their way.
 
 The tables are in the fleet database, or in a file of the device. The ledger has one row for each target and alert that
-is open or to be told; the number of open alerts bounds it. A message is composed once, with a key that depends on the
-states of alerts in it alone, and stays until the target has accepted it. While messages of a target wait, its further
-changes stay in the ledger, where a newer state replaces an older one: a dead target costs a bounded number of bytes.
+is open or to be notified; the number of open alerts bounds it. A message is composed once, with a key that depends on
+the states of alerts in it alone, and stays until the target has accepted it. While messages of a target wait, its
+further changes stay in the ledger, where a newer state replaces an older one: a dead target costs a bounded number of
+bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import msgspec
 
 # In SQL that SQLite and PostgreSQL understand; the fleet's schema translates the types.
 TABLES = (
-    # notified_seq: of the alert's message that the target was told of last, 0 before the first; pending: what it is to
-    # be told next. Times are epoch seconds.
+    # notified_seq: of the newest message of the alert that the target knows, 0 before the first; pending: what it is to
+    # know next. Times are epoch seconds.
     """CREATE TABLE notify_ledger (
         target TEXT NOT NULL, alert TEXT NOT NULL, notified_seq INTEGER NOT NULL, notified_at REAL NOT NULL,
         reminders INTEGER NOT NULL, pending TEXT, pending_since REAL, PRIMARY KEY (target, alert)) WITHOUT ROWID""",
@@ -71,7 +72,7 @@ class QueueDatabase(Protocol):
 
 
 class LedgerEntry(msgspec.Struct):
-    """Knowledge of one target about one alert, and what it is to be told."""
+    """Knowledge of one target about one alert, and what it is to know next."""
 
     target: str
     alert: str

@@ -54,7 +54,7 @@ def send(target: WebhookTarget, message: Notification) -> None:
             opened = connection.sock
             connection.request("POST", path, body, headers)
             with connection.getresponse() as response:
-                # What was accepted must not be sent again because the rest of the answer does not arrive.
+                # An accepted message must not be sent again because the rest of the answer does not arrive.
                 answer = b"" if 200 <= response.status < 300 else response.read(MAX_ANSWER)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise SendFailed(f"{_name(target)}: {describe(error)}") from None

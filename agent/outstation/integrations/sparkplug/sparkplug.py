@@ -46,7 +46,7 @@ POLL_INTERVAL_S = 2.0
 NAMESPACE = "spBv1.0"
 _CONTENT_TYPE = "application/octet-stream"
 _SEQUENCE = 256
-# Of one results message, the newest of its results; and most metrics of one payload.
+# Newest results that are taken from one message; and most metrics of one payload.
 _MAX_HISTORY, _MAX_METRICS = 1000, 500
 _MAX_IN_FLIGHT = 50
 _SEND_TIMEOUT_S = 60.0

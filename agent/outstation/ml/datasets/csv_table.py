@@ -96,7 +96,7 @@ class CsvTable:
                     error, piece = problem, b""
                 pending, at_eof = pending + (piece.replace(b"\r", b"\n") if self._is_mac else piece), not piece
                 if is_pipe:
-                    # What it holds now, without waiting for a whole block.
+                    # Its present content, without waiting for a whole block.
                     break
             limit = min(size, len(pending)) if line_limit is None else _find_line_end(pending, line_limit, size)
             end, well_quoted = _complete_lines_end(

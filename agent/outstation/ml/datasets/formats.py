@@ -1,4 +1,4 @@
-"""File formats of tables, told by suffix or by the first character."""
+"""File formats of tables, recognized by suffix or by the first character."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from outstation.ml.model.inference import features
 from outstation.ml.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 
 _MAX_LABELS = 4096
-# What decoding writes in place of bytes that are no UTF-8.
+# Character that decoding writes in place of bytes that are no UTF-8.
 _UNREADABLE = "\ufffd"
 _MAX_SHOWN_LABEL = 40
 # Columns that say who measured or labelled a row.

@@ -4,7 +4,7 @@
 - `detectors`: what each drift test counts, learns, scores and says; charts that judge scores
 - `baseline`: references, summaries of drift windows, learning
 - `testing`: all tests of a window, over consecutive windows
-- `faults`: sensor faults, told apart from drift
+- `faults`: sensor faults, distinguished from drift
 - `reporting`: messages, alert texts, and their parser
 - `monitor`: the state machine of a task; `monitor_settings`: what its config and bundle say of it
 

@@ -405,7 +405,7 @@ class DriftMonitor:
         )
         assert site.site is not None
         if site.site.needs_more_windows and not self._has_learned(state, learning, settings.learn_extension):
-            # A change is reported at once, however long learning goes on.
+            # A change is reported at once, however long learning takes.
             return replace(gathered, guard=state.guard.announce_steps(guard)), None, None
         if state.is_inherited:
             # Sums towards alarms were measured from the inherited reference.
@@ -433,7 +433,7 @@ class DriftMonitor:
         return None if reference is None else self._get_tester(reference)
 
     def _has_learned(self, state: DriftState, learning: LearningState, times: float = 1.0) -> bool:
-        """Return True if so many times the required windows and seconds are gathered."""
+        """Return True if the required windows and seconds are gathered this number of times."""
         required_s = times * max(self.settings.min_learn_s, state.requested_learn_s)
         return learning.total_windows >= times * self.settings.learn_windows and learning.observed_s >= required_s
 

@@ -16,10 +16,10 @@ class MonitorSettings(msgspec.Struct, frozen=True):
 
     `own` is the bundle's reference. `basis` is used in its place, where it is merged with that of the bundle before.
     The site's reference is learned from `learn_windows` drift windows and at least `min_learn_s` seconds of readings.
-    Where these windows are too much like their neighbors, learning goes on, up to `learn_extension` times as long.
+    Where these windows are too much like their neighbors, learning takes up to `learn_extension` times as long.
     `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). `class_field` names
     the field whose values are the classes of a model that names none; `further` are the outputs beside the main one.
-    With `hold_deviating`, a reference that deviates is not used until somebody accepts it.
+    With `hold_deviating`, a reference that deviates is not used before an operator accepts it.
     """
 
     own: Reference

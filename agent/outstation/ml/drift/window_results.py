@@ -30,7 +30,7 @@ class ClosedWindow(msgspec.Struct, frozen=True, eq=False):
     tester: DriftTester | None
 
     def extend(self, later: ClosedWindow, most: int) -> ClosedWindow | None:
-        """Return the run of at most so many quiet windows that both make together; None if they make none."""
+        """Return both as one quiet run; None if one of them is not quiet, or both have more than `most` windows."""
         now, after = self.result, later.result
         if now.quiet is None or after.quiet is None or now.windows + after.windows > most:
             return None

@@ -1,1 +1,1 @@
-"""Compiled statistics: a C library that gives the same bits as NumPy; without it, everything goes on by NumPy."""
+"""Compiled statistics: a C library that gives the same bits as NumPy; without it, NumPy computes everything."""

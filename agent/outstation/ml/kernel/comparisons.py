@@ -26,7 +26,7 @@ def sums_in_order(classes: int, width: int) -> bool:
 
 
 def supports(n: Ints, usual: Float64s) -> bool:
-    """Return True if the library compares stacked moments of so many values `n` with what is `usual` (C, D)."""
+    """Return True if the library compares stacked moments of `n` values with the `usual` ones (C, D)."""
     return n.ndim == 3 and usual.shape == n.shape[1:] and sums_in_order(*usual.shape)
 
 

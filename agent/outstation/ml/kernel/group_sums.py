@@ -121,7 +121,7 @@ def measure_windows(
 
 
 def sum_steps(library: Library, values: Float64s, scale: float, groups: Ints, count: int) -> Ints:
-    """Return counts and sums (G, 2X) of `values` (m, X) in steps of 1 / `scale`, by group (m,) of so many."""
+    """Return counts and sums (G, 2X) of `values` (m, X) in steps of 1 / `scale`, by group (m,)."""
     rows, width = values.shape
     if values.strides[1] != values.itemsize or values.dtype != np.float64 or values.strides[0] % values.itemsize:
         values = _floats(values)

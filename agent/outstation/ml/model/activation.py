@@ -26,7 +26,7 @@ from outstation.ml.model.sandbox.confinement import ModelPolicy
 from outstation.ml.model.sandbox.subprocess_model import SubprocessModel
 from outstation.protocol.wire.keys import PublicKey
 
-# Blocks of files are large, and whoever waits for them can end the command.
+# Blocks of files are large, and a person who waits for them can end the command.
 _FILE_BLOCK_TIMEOUT_S = 3600.0
 
 

@@ -44,7 +44,8 @@ MARGINS = {DECAY: 0.02, EVALUATION: 0.05, CERTAINTY: 0.05}
 # Margin of numbers, as a share of the reference error.
 _REGRESSION_MARGIN = 0.1
 SLACK, LIMIT = 0.5, 6.0
-# An alert clears after at least so many labels, with this log-likelihood ratio; one group adds so much at most.
+# An alert clears after at least CLEAR_SIZE labels and at this log-likelihood ratio, to which one group adds a bounded
+# step.
 CLEAR_SIZE, CLEAR_LIMIT, _MAX_RECOVERY_STEP = 150, 11.0, 2.0
 _REFERENCES = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's scores"}
 # Pseudo-counts of one wrong and one right answer, because a model that was never wrong yet will be.
@@ -52,7 +53,7 @@ _PRIOR = 1.0
 _AUTOCORRELATION_MEMORY, _GROUP_MEMORY = 400, 40
 # Share of labels that are the model's own answers.
 MAX_OWN_SHARE = 0.2
-# Labels repeat the answers if so few of at least so many disagree that chance explains it in one of a million windows.
+# Labels repeat the answers if, from this number on, chance gives as few disagreements in one of a million windows only.
 MIN_AGREEMENT_LABELS, MAX_AGREEMENT_NATS = 100, math.log(1e6)
 
 
@@ -252,7 +253,7 @@ def recompute(
     events = []
     for kind, old in state.tracks.items():
         track = fresh.tracks.setdefault(kind, CusumTrack())
-        # Ids go on counting, so that an earlier alert keeps its own.
+        # Ids continue to count, so that an earlier alert keeps its own.
         track.raised_count = old.raised_count
         if old.is_open and not track.is_open and not complete:
             events.append(replace(last_events[kind, "cleared"], count=old.raised_count))

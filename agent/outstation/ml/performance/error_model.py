@@ -47,7 +47,7 @@ class ErrorModel(msgspec.Struct, frozen=True, eq=False):
         return take(self.leaves.ravel(), leaf + (np.arange(trees) << depth), axis=0)
 
     def is_valid(self, statistics: int) -> bool:
-        """Return True if it is a model of bounded size over so many statistics."""
+        """Return True if it is a model of bounded size over this number of statistics."""
         trees, depth = self.inputs.shape if self.inputs.ndim == 2 else (0, 0)
         return (
             0 < trees <= MAX_TREES

@@ -122,7 +122,7 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return {**rounded, "method": "dle", "assumes": ASSUMES}
 
     def is_valid(self, statistics: int) -> bool:
-        """Return True if it holds together for model windows of so many statistics."""
+        """Return True if its parts agree, for model windows with this number of statistics."""
         sums = np.stack([self.total, self.squares]) if self.total.shape == self.squares.shape == (BINS,) else None
         return (
             self.model.is_valid(statistics)

@@ -106,7 +106,7 @@ class WeightVector:
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Value of a statistic of `n` results, `smallest_class` in the rarest class; a share `rests_on` so many."""
+    """Value of a statistic of `n` results, `smallest_class` in the rarest class; a share is of `rests_on` results."""
 
     n: int
     smallest_class: int = intervals.MIN_RESULTS
@@ -240,7 +240,7 @@ def _f1_of_classes(predictions: LabelledPredictions, labels: Sequence[str]) -> S
     support, named = bincount(truth, minlength=count), bincount(predicted, minlength=count)
     shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MAX_CLASSES] if support[i] and i < len(labels)]
     fewest = int(support[support > 0].min())
-    # One mistake in the smallest class moves the mean as much as one in so many results.
+    # One mistake in the smallest class moves the mean as much as one mistake in this number of results.
     whole = Part(len(truth), fewest, fewest * int((support > 0).sum()))
     parts = [_class_part(labels[i], int(support[i]), int(named[i])) for i in shown]
     return _f1_with_mean(whole, parts, shown, lambda w: class_f1(w, truth, predicted, count))
@@ -293,7 +293,7 @@ def _of_ranks(rank_metric: Callable[[Float64s, Bools, Float64s], float]) -> Prep
         if value is None:
             return None
         fewest = count_fewer(is_anomaly)
-        # Of anomalies alone, the average precision is 1 whatever the values are.
+        # If all are anomalies, the average precision is 1 for any values.
         part = Part(len(predictions), fewest, fewest or len(predictions))
         return Statistic([part], lambda w: [w.apply(lambda vector: rank_metric(value, is_anomaly, vector))])
 

@@ -12,7 +12,7 @@ import msgspec
 from outstation.foundation.errors import LinkDown
 
 SHARED = "$share/"
-# Of a broker that announces none.
+# For a broker that announces none.
 MAX_PACKET = 268_435_455
 _RECEIVE_MAXIMUM = 65_535
 # Reason codes of CONNACK and SUBACK.

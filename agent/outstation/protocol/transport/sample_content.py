@@ -85,7 +85,7 @@ def encode(
 
 
 def decode(data: bytes, rows: int, span: tuple[int, int] | None = None) -> SampleContent:
-    """Parse the content of a sample of so many rows. Raises ValueError, and no other exception.
+    """Parse the content of a sample with this number of rows. Raises ValueError, and no other exception.
 
     With `span`, rows have numbers, the first and the last of which it gives; without one they have none. No list is
     parsed before its length is counted, and one column at a time.

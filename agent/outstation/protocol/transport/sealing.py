@@ -26,7 +26,7 @@ _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
 _VERSION = b"\x01"
 _HINT_BYTES, _KEY_BYTES, _TAG_BYTES = 8, 32, 16
 _HEADER_BYTES = len(_VERSION) + _HINT_BYTES
-# What sealing adds to token and content.
+# Bytes that sealing adds to token and content.
 OVERHEAD_BYTES = _HEADER_BYTES + _KEY_BYTES + _TAG_BYTES + 1
 # First byte of gzip (RFC 1952); a JSON object begins with a brace.
 _GZIP_BEGIN = b"\x1f"
@@ -38,7 +38,7 @@ def seal(key: EncryptionKey, topic: str, token: str, content: bytes) -> bytes:
 
 
 def seal_content(key: EncryptionKey, topic: str, content: bytes) -> bytes:
-    """Return content of a message on `topic` that only the collectors read, whoever keeps the message."""
+    """Return content of a message on `topic` that only the collectors can read."""
     return _encrypt(key, _content_info(topic), content)
 
 

@@ -1,8 +1,8 @@
 """Hash chain of a device's log: the digest of a message that the next one carries in `prev`.
 
 A payload is split before its first `,"boot":`. The part before, its header, has kind, device, log, seq and `prev`; the
-part behind, its body, has what was measured. The digest is over the hashes of both, so whoever has the hash of a body
-can follow the chain through a message without its content.
+part behind, its body, has what was measured. The digest is over the hashes of both, so a reader who has the hash of a
+body can follow the chain through a message without its content.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from outstation.workbench.authoring.spec import Spec, SpecCard
 from outstation.workbench.authoring.training_check import CheckedData
 
 _GOLDEN_COUNT = 32
-# Of a sum of probabilities, quantized ones too.
+# Tolerance of a sum of probabilities, quantized ones too.
 _ROUNDING = 0.02
 _MIN_HELD_OUT = 100
 # More empty values in a field of the reference are warned of.

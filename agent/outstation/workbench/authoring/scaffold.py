@@ -90,7 +90,7 @@ def _describe_left_out(table: TableSummary) -> str:
 
 
 def write_spec(scaffold: Scaffold, out: Path) -> None:
-    """Write a new file. Raises UsageError, also if it exists, because it is somebody's work."""
+    """Write a new file. Raises UsageError, also if it exists, because a person may have written it."""
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(scaffold.text)

@@ -158,7 +158,7 @@ def _print(document: dict[str, Any]) -> None:
         columns.append("anomalies")
         heads.append("anomalies")
     listed = [
-        # Of a spectrum all bands may be listed.
+        # All bands of a spectrum may be listed.
         [
             *(_format_cell(d[name]) for name in columns),
             *(list_names(d[kind], _MAX_SUBJECTS) or "-" for kind in ("drift", "faults")),

@@ -28,7 +28,7 @@ def check_class_balance(counts: dict[str, int], accuracy: float | None) -> list[
     if not counts:
         return []
     most, least = max(counts, key=lambda c: counts[c]), min(counts, key=lambda c: counts[c])
-    # Of a class without windows nothing is a multiple.
+    # Nothing is a multiple of a class without windows.
     rarest = min((label for label in counts if counts[label]), key=lambda c: counts[c], default=most)
     ratio = counts[most] / max(1, counts[rarest])
     share = counts[most] / sum(counts.values())

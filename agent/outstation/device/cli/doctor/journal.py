@@ -1,7 +1,7 @@
 """Journal of the daemon's unit for the support archive: the program's own words, and nothing that they spoke of.
 
-A line is compared with the texts in the program's source. What matches is shown with `…` in place of every value, so
-that no reading, label, name or address of a line gets out; a line that matches no text is only counted.
+A line is compared with the texts in the program's source. A line that matches is shown with `…` in place of every
+value, so that no reading, label, name or address of a line gets out; a line that matches no text is only counted.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def withhold_values(message: str, texts: Sequence[tuple[str, ...]], depth: int =
         default=((), []),
     )
     if not best:
-        # What a line is about comes first: a file, a device, a key.
+        # The subject of a line comes first: a file, a device, a key.
         _, colon, rest = line.partition(": ")
         return f"…: {withhold_values(rest, texts, depth - 1)}" if colon and depth else "…"
     shown = [

@@ -58,7 +58,7 @@ def _from_monitor(folder: Path) -> Power | None:
         return None
     if (power := _read_number(folder / "power1_input")) is not None:
         return Power(power / 1e6, f"{name} at {folder.name}")
-    # Of chips without a product, from mV and mA.
+    # For chips without a product, from mV and mA.
     voltage, current = (_read_number(folder / file) for file in ("in1_input", "curr1_input"))
     return None if voltage is None or current is None else Power(voltage * current / 1e6, f"{name} at {folder.name}")
 

@@ -59,7 +59,7 @@ _TRANSIENT_ERRNOS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
 }
-# Errors of a file that belongs to somebody else; others can still be moved.
+# Errors of a file that belongs to another user; others can still be moved.
 _FOREIGN_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EBUSY}
 
 
@@ -223,7 +223,7 @@ class FolderWatcher:
         for name, state in states.items():
             before, since = known.get(name, (None, now))
             self._file_states[name] = (state, since if before == state else now)
-        # What cannot be moved is tried again if it changes.
+        # A file that cannot be moved is tried again if it changes.
         self._stuck &= {name for name in self._stuck if known.get(name) == self._file_states.get(name)}
         settled = (name for name, (_, since) in self._file_states.items() if began_s - since >= _SETTLED_S)
         return sorted(name for name in settled if name not in self._stuck)
@@ -478,6 +478,6 @@ class FolderWatcher:
 
 
 def _claim_number(claimed: str) -> int:
-    """Return the number in a claimed name, epoch ns; 1 if somebody else put the file into `taking/`."""
+    """Return the number in a claimed name, epoch ns; 1 if another program put the file into `taking/`."""
     number = claimed.partition(".")[0]
     return int(number) if number.isascii() and number.isdigit() and len(number) == 19 else 1

@@ -1,4 +1,4 @@
-"""Tables in `done/` whose writer goes on: what it appends after a pause is read, too."""
+"""Tables in `done/` whose writer continues: lines that it appends after a pause are read, too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FinishedFiles:
 
     def __init__(self) -> None:
         self._files: dict[str, FinishedFile] = {}
-        # Of files that were taken back, by claimed name.
+        # Records of files that were taken back, by claimed name.
         self._pauses_s: dict[str, float] = {}
         self._next_look_s = 0.0
 

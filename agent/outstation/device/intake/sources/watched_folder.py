@@ -28,7 +28,7 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 # A name has 255 bytes; the agent adds a number, or ".txt".
 _MAX_NAME_BYTES = 200
-# Of one look at the folder; the others wait for their turn.
+# Names that one look at the folder takes; the others wait for their turn.
 _MAX_FILES = 4096
 _INDEX_NAME = "rows.csv"
 # Bytes at the end of the index that a crash between an entry and the move of its file can have written.
@@ -97,7 +97,7 @@ class WatchedFolder:
         return states
 
     def list_claimed(self) -> list[str]:
-        """Return the first names in `taking/`; one that cannot be stored was put there by somebody else."""
+        """Return the first names in `taking/`; one that cannot be stored was put there by another program."""
         with os.scandir(self._taking) as entries:
             names = heapq.nsmallest(_MAX_FILES, (entry.name for entry in entries))
         return [name if name.isprintable() else self._rename_claimed(name) for name in names]
@@ -248,7 +248,7 @@ def safe_name(name: str) -> str:
 
 
 def original_name(claimed: str) -> str:
-    """Return the name before a file was claimed; its own name if somebody else put it into `taking/`."""
+    """Return the name before a file was claimed; its own name if another program put it into `taking/`."""
     return safe_name(claimed.partition(".")[2] or claimed)
 
 

@@ -4,7 +4,7 @@ Rules (TUF specification 5.3.5 to 5.3.11, 5.4.3, 5.5.5, 5.6.4):
 - a role's version never falls while every key that was valid at the floor is still valid
 - once one of them is revoked, the role's versions start over: high versions signed with a stolen key do no more harm
 - root's versions never start over: its chain of signatures from the first root is what revokes keys
-- another first root is another repository; only somebody who can change the device's config can set one
+- another first root is another repository; only a person who can change the device's config can set one
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from outstation.fleet.database.store import FleetStore
 
 _SECRET_FILE = "dashboard.key"
-# Of malloc.h.
+# From malloc.h.
 _M_ARENA_MAX = -8
 _ROLES = click.Choice(["viewer", "operator", "admin"])
 

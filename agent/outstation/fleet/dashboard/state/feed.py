@@ -61,7 +61,7 @@ class ChangeFeed:
             )
             if not self.state.problem:
                 logger.warning("%s", problem, exc_info=None if expected else error)
-            # What comes back may be another database.
+            # After an outage it may be another database.
             self.state.forget()
         else:
             last = self._revisions or revisions

@@ -1,7 +1,7 @@
 """Statements on results over time, of the newest log of a task.
 
 In a log, rows follow time, so a time is located by bisection over rows. Index results_by_row has the rows of all logs:
-each statement has bounds of rows, beyond which those of a replaced store may go on.
+each statement has bounds of rows, beyond which those of a replaced store may continue.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from outstation.fleet.database.store import FleetStore
 
 COLUMNS = """s.device, s.task, s.stream, s.reason, s.subject, s.row, s.rows_first, s.rows_last, s.digits, s.model,
     s.version, s.digest, s.time, s.log, s.seq"""
-# What begins a sealed content names the key (`outstation.protocol.transport.sealing`).
+# The beginning of a sealed content names the key (`outstation.protocol.transport.sealing`).
 HEAD_BYTES = 9
 _NEWEST = f"""
     SELECT {COLUMNS}, length(s.sealed), substr(s.sealed, 1, {HEAD_BYTES}) FROM samples s

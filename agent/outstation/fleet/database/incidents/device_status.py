@@ -9,7 +9,7 @@ import msgspec
 from outstation.fleet.database.alerts import add_alerts, collector_alert_row
 from outstation.fleet.database.interface import Connection, Row
 
-# The newest log of a device is its first live one. Of each, the newest health message, by index health_messages.
+# The newest log of a device is its first live one. The newest health message of each, by index health_messages.
 _STATUS = """
     SELECT k.device, k.enrolled, k.state, k.last_seen, k.active, k.log, m.payload, m.received
     FROM (

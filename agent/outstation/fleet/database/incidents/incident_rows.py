@@ -89,7 +89,7 @@ def find_keys(db: Connection, ref: str, limit: int) -> list[tuple[IncidentKey, b
 
 
 def save_acknowledgement(db: Connection, key: IncidentKey, seq: int | None, by: str, at: str, note: str) -> None:
-    """Record that somebody acknowledged the messages up to `seq`; None withdraws it."""
+    """Record that an operator acknowledged the messages up to `seq`; None withdraws it."""
     db.execute(_ACKNOWLEDGE, (*key, seq, by, at, note))
 
 

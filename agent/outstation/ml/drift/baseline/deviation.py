@@ -36,7 +36,7 @@ MAX_NAMED_FIELDS = 5
 # Chance that a reference of an unchanged site deviates, over all fields.
 DEVIATION_BUDGET = 1e-2
 MIN_STEP_WINDOWS = 4  # on either side of a step
-# Independent places and times at which a step is looked for, while learning goes on, and independent windows by whose
+# Independent places and times at which a step is looked for during learning, and independent windows by whose
 # inverse the limit rises, as few of them tell little of their memory. Both from simulated AR(1) windows.
 STEP_LOOKS, STEP_ERROR = 8, 8.0
 STEP_BLOCKS, MIN_STEP_BLOCKS = (1, 2, 4), 10  # windows that are taken together to tell memory, and such blocks
@@ -89,7 +89,7 @@ class ReferenceProfile(msgspec.Struct, frozen=True, eq=False):
 class Deviation(msgspec.Struct, frozen=True):
     """Deviation of one field: `shift` of the mean in its unit and in sd of rows, `ratio` of the spreads.
 
-    A step began after so many learned windows, at `since` epoch µs.
+    A step began after this number of learned windows, at `since` epoch µs.
     """
 
     field: str
@@ -203,7 +203,7 @@ def build_alert(
 ) -> Alert | None:
     """Return the alert that a newly learned or accepted reference raises or clears; `window` locates it.
 
-    While `learning` goes on, it is about the windows gathered so far.
+    During `learning` it is about the windows gathered so far.
     """
     if guard.deviations:
         sentences = [item.describe() for item in guard.deviations[:MAX_NAMED_FIELDS]]
@@ -385,7 +385,7 @@ def _fill_gaps(values: Float64s) -> Float64s:
 
 
 def _autocorrelation(values: Float64s, coefficients: int) -> float:
-    """Return the mean lag-1 autocorrelation of values (K, T) that so many coefficients were fitted to."""
+    """Return the mean lag-1 autocorrelation of values (K, T) to which this number of coefficients was fitted."""
     every = control_limits.fit_autocorrelation(values, np.full(values.shape[1], float(coefficients)))
     return float(every.mean()) if len(every) else 0.0
 
@@ -396,7 +396,7 @@ def _independent_windows(windows: int, correlation: float) -> int:
 
 
 def _z_limit(tests: int, windows: int) -> float:
-    """Return the limit of so many two-sided tests whose sd is known from `windows` windows.
+    """Return the limit of a number of two-sided tests whose sd is known from `windows` windows.
 
     Source: Abramowitz & Stegun (1964), 26.7.5, the first term of Student's t by the normal quantile.
     """

@@ -76,7 +76,7 @@ class FaultLimits(msgspec.Struct, frozen=True, eq=False):
 def extrapolate(values: Float64s, windows: int = 1) -> Float64s:
     """Return the level that chance exceeds as seldom as the budget of faults says, learned from K windows (K, F, …).
 
-    An alert needs so many `windows` in a row.
+    An alert needs `windows` consecutive windows.
     """
     level = (false_alarm_budget.FAULT_BUDGET / (_TESTED * values.shape[1])) ** (1 / windows)
     count = len(values)
@@ -92,7 +92,7 @@ def extrapolate(values: Float64s, windows: int = 1) -> Float64s:
 def compute_reach(independent: Float64s) -> Float64s:
     """Return how far (F,) a field may wander beyond a reference's limits, in its spans; 0 for the usual margin.
 
-    So many `independent` windows (F,) would tell as much as the learned ones, which are like their neighbors.
+    The learned windows are like their neighbors; `independent` (F,) windows would tell as much as they do.
     """
     margin = RANGE_MARGIN * RANGE_WINDOWS / np.maximum(independent, 1.0)
     return np.where(independent < FEW_RANGE_WINDOWS, margin, 0.0)

@@ -216,7 +216,7 @@ def _add_site_calibration(
     number: int,
     transitions: int,
 ) -> Reference:
-    """Add the calibration of a site whose windows show so many `transitions` between modes of operation."""
+    """Add the calibration of a site whose windows show `transitions` changes between modes of operation."""
     task, layout = reference.task, reference.layout
     values = np.concatenate([detector.learn_values(task, learned) for detector in SCORED], axis=1)
     usual = _calibrate_scores(task, layout, values, learned, transitions)
@@ -304,7 +304,7 @@ def _count_independent_windows(task: Task, scores: LearnedScores) -> float:
 def _calibrate_scores(
     task: Task, layout: ScoreLayout, values: Float64s, learned: LearnedWindows, transitions: int
 ) -> ScoreCalibration:
-    """Calibrate all detectors' values (K, T) of windows, among which there are so many `transitions`."""
+    """Calibrate all detectors' values (K, T) of windows with `transitions` changes of the mode."""
     tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
     min_sd = np.empty(layout.test_count)
     for detector in SCORED:

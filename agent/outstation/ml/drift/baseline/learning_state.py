@@ -81,7 +81,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
         )
 
     def add(self, drift_window: Summary, task: Task, *, t: tuple[int, int] = (0, 0)) -> LearningState:
-        """Add a window that began and ended at `t`. Of many windows only some are kept, evenly over time."""
+        """Add a window that began and ended at `t`. If there are many windows, some are kept, evenly over time."""
         if self.windows >= self.capacity:
             return self.thin().add(drift_window, task, t=t)
         total = self.total_windows + 1
@@ -138,7 +138,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
         """Return how many windows may be kept: fewer where fields and classes make each of them large."""
         counts = (self.bins, self.output, self.scores, self.further, self.errors)
         size = sum(part.nbytes for part in (*counts, self.n, self.mean, self.m2))
-        # What a detector retains beside its main numbers is not counted.
+        # Numbers that a detector retains beside its main ones are not counted.
         size += sum(part.nbytes for name, part in self.detectors.items() if "." not in name)
         return int(np.clip(MAX_BYTES * self.windows // max(size, 1), MIN_RETAINED_WINDOWS, MAX_WINDOWS))
 

@@ -34,14 +34,14 @@ class MissingBaseline(msgspec.Struct, frozen=True, eq=False):
     def from_windows(
         cls, missing: Float64s, rows: float, thinning: int, total: Ints, total_rows: int
     ) -> MissingBaseline:
-        """Learn from the shares (K, F) of K windows of about so many `rows`, in order; one in `thinning` was kept.
+        """Learn from the shares (K, F) of K windows of about `rows` rows, in order; one in `thinning` was kept.
 
         `total` (F,) values of `total_rows` rows were missing in all windows, kept or not.
         """
         share = np.clip((total + 0.5) / (total_rows + 1), MIN_SHARE, MAX_SHARE)
         spread = share * (1 - share) / max(rows, 1.0)
         variance = ((missing - total / max(total_rows, 1)) ** 2).sum(0) / max(len(missing) - 1, 1)
-        # What drops rows often drops them of all fields alike, and few fields show it in few windows.
+        # A cause that drops rows often drops them of all fields alike, and few fields show it in few windows.
         dispersion = np.maximum(1.0, np.maximum(variance / spread, variance.sum() / spread.sum()))
         baseline = _with_rise(share, dispersion, rows, MIN_RISE)
         reached, evidence = np.zeros_like(share), np.zeros_like(share)
@@ -52,7 +52,7 @@ class MissingBaseline(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_totals(cls, missing: Ints, rows: Ints) -> MissingBaseline:
-        """Return the baseline of a reference that knows only that so many values of `rows` (F,) were `missing` (F,)."""
+        """Return the baseline of a reference that knows only `missing` (F,) values of `rows` (F,)."""
         share = np.clip((missing + 0.5) / (rows + 1), MIN_SHARE, MAX_SHARE)
         return _with_rise(share, np.ones_like(share), 1.0, MIN_RISE)
 
@@ -68,7 +68,7 @@ class MissingBaseline(msgspec.Struct, frozen=True, eq=False):
         return replace(_with_rise(share, self.dispersion, 1.0, SHIPPED_MIN_RISE), limit=self.limit)
 
     def evidence(self, missing: Float64s | Ints, rows: float | Ints) -> Float64s:
-        """Return the log likelihood ratio (..., F) of a risen share, from `missing` (..., F) of so many `rows`."""
+        """Return the log likelihood ratio (..., F) of a risen share, from `missing` (..., F) of `rows` values."""
         absent = np.log(self.rise / self.share)
         present = np.log((1 - self.rise) / (1 - self.share))
         return np.asarray((missing * absent + (rows - missing) * present) / self.dispersion)
@@ -93,7 +93,7 @@ def _with_rise(share: Float64s, dispersion: Float64s, rows: float, least: float)
 
 
 def _bernoulli_limit(share: Float64s, rows: float, fields: int) -> Float64s:
-    """Return the limits (F,) of Bernoulli CUSUMs, in log likelihood, in windows of so many `rows`.
+    """Return the limits (F,) of Bernoulli CUSUMs, in log likelihood, in windows of `rows` rows.
 
     A sum leaves zero with a value that counts, which is a `share` (F,) of rows, and reaches h by chance in fewer than
     exp(-h) of such starts.

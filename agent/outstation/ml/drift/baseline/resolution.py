@@ -9,7 +9,7 @@ from outstation.foundation.arrays import Bools, Float64s, Ints
 from outstation.foundation.indices import bincount
 
 SIZE_BINS, MIN_EXPONENT = 64, -40  # sizes below 2**-40 and from 2**23 on count to the outermost
-FINEST_SHARE = 0.05  # of steps: the finest size that so many reach
+FINEST_SHARE = 0.05  # of steps: the finest size that this share reaches
 MIN_COARSER_OCTAVES = 2  # powers of two that are too coarse
 
 

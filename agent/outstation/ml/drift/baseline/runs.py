@@ -22,7 +22,7 @@ def max_constant_run(longest: Ints) -> Ints:
 
 
 def max_normal_run(longest: Ints, rows: Ints) -> Ints:
-    """Return the longest run (W, F) that is still normal, in windows of so many `rows` (W,).
+    """Return the longest run (W, F) that is still normal, in windows of `rows` (W,) rows.
 
     It is never so long that a drift window could not show a longer one, unless the reference itself had such a run.
     """
@@ -90,7 +90,7 @@ def longest_runs(trace: Trace, tail: Tail, rest: RestValues) -> tuple[Ints, Ints
     ends = np.append(begins[1:], len(place)) - 1
     column, at = np.divmod(place[begins], rows)
     owner = np.divmod(column, fields)
-    # The first row of a run is not counted yet, unless the run goes on from the rows before.
+    # The first row of a run is not counted yet, unless the run continues that of the rows before.
     earlier = np.where((at == 0) & follows[owner[1]], tail.run[owner[1]], 1)
     length = ends - begins + 1 + earlier
     np.maximum.at(longest, owner, length)

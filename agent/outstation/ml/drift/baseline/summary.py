@@ -162,8 +162,8 @@ def summarize_windows(
     `rows` (W, n, F), n > 0, in physical units, NaN missing; intervals between them `spans` (W, …); W · w model windows
     with their statistics, the class that the model named, its score, and the class they are compared with; `answers`
     (W · w, P) of further outputs. The bin of the error to expect of each answer is written to the (W · w,) `error_bins`
-    of its output. A single window may go on: from `before`, a stack of one, and from the `tail` of its rows. `counted`
-    is what `count_rows` returned for the rows, if they were counted before.
+    of its output. A single window may continue: from `before`, a stack of one, and from the `tail` of its rows.
+    `counted` is what `count_rows` returned for the rows, if they were counted before.
     """
     windows, count, width = len(rows), reference.class_count, stats.values.shape[1]
     of_rows, tail = counted or row_counts.count_rows(

@@ -17,8 +17,8 @@ from outstation.ml.drift.numeric.sums import median
 STEP_SDS = 5.0  # robust sd of the steps between neighboring windows: a larger one is a transition
 MIN_SHARE_STEP = 0.5  # twice the least share of a window's predictions that change their class
 MIN_TRANSITIONS = 16  # fewer tell too little of the modes
-# Of the changes between modes, that are steps. With fewer, windows wander through all states in between, as noise with
-# memory does: each window is evidence, and a lack of steps is no reason to learn for longer.
+# Share of the changes between modes that are steps. With fewer, windows wander through all states in between, as noise
+# with memory does: each window is evidence, and a lack of steps is no reason to learn for longer.
 MIN_STEP_SHARE = 0.5
 
 

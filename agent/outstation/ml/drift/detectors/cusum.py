@@ -21,7 +21,7 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def windows_to_clear(rows: int) -> int:
-    """Return how many windows of so many rows, without evidence, clear an alert: a few rows prove nothing."""
+    """Return how many windows without evidence clear an alert, if each has `rows` rows: a few rows prove nothing."""
     return max(WINDOWS_TO_CLEAR, -(-ROWS_TO_CLEAR // max(rows, 1)))
 
 
@@ -79,7 +79,7 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         return CusumSequence(self, z, slack, values, exceeds, effects, limit, t, to_clear)
 
     def open_alarm(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
-        """Open an alarm on evidence other than the sum, over so many `windows`."""
+        """Open an alarm over `windows` windows on evidence other than the sum."""
         whole, on, total = np.stack([self.windows, self.since]), self.alarm.copy(), self.effect.copy()
         whole[:, side, test], on[side, test], total[side, test] = (windows, since), True, effect
         return Cusum(self.value, whole[0], total, whole[1], on, self.clear_count)
@@ -164,7 +164,7 @@ def _extend_by_numpy(
 
 
 def standardize(value: Float64s, mean: Float64s, sd: Float64s, windows: int) -> Float64s:
-    """Return the score of a window's `value`, given that mean and sd were estimated from so many windows."""
+    """Return the score of a window's `value`, given that mean and sd were estimated from this number of windows."""
     score = np.asarray(value - mean, dtype=np.float64)
     score /= sd * np.sqrt(1 + 1 / windows)
     return score

@@ -1,7 +1,7 @@
 """Further output detector: the answers of each further output of a model with several.
 
-Of labels it tests their shares, and the accuracy to expect from their scores, or the scores themselves where no
-held-out labels are known. Of a number it tests where its values lie among the quantiles of the shipped reference, how
+It tests the shares of labels, and the accuracy to expect from their scores, or the scores themselves where no
+held-out labels are known. It tests where the values of a number lie among the quantiles of the shipped reference, how
 far they spread, and the error to expect, where held-out labels tell it. All outputs of a model share one false-alarm
 budget.
 """

@@ -48,8 +48,8 @@ WINDOWS_PER_ALARM = 2.5  # beyond the limit, per false alarm: one comes seldom a
 class Mewma(msgspec.Struct, frozen=True, eq=False):
     """Weighted `mean` of S scores, and the period since each last changed its sign.
 
-    That is the best estimate of when a change began: so many `windows`, the sum of their effects, and `since` (epoch
-    µs).
+    That is the best estimate of when a change began: its number of `windows`, the sum of their effects, and
+    `since` (epoch µs).
 
     Source: Nishina (1992), A comparison of control charts from the viewpoint of change-point estimation, Quality and
     Reliability Engineering International 8.
@@ -274,8 +274,8 @@ def _eigenvalue_sums(scores: Float64s) -> tuple[float, float]:
 def _quadratic_form_quantile(count: int, eigenvalue_sums: tuple[float, float], sd: float, share: float) -> float:
     """Return what the sum of squares beyond the slack exceeds in a share of windows.
 
-    It is the quantile for so many normal numbers with this sd, whose correlations have eigenvalues with these sums of
-    squares and of cubes.
+    It is the quantile for this number of normal numbers with this sd. The eigenvalues of their correlations have these
+    sums of squares and of cubes.
     """
     at = np.linspace(-8, 8, 1601)
     likely = np.exp(-(at**2) / 2)

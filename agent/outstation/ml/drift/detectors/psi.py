@@ -250,7 +250,7 @@ def fit_limits(values: Float64s, level: float, budget: float) -> Float64s:
 
 
 def _gamma_limit(values: Float64s, level: float, windows: Float64s) -> Float64s:
-    """Return the limit that values (K, S), which are worth so many independent `windows` (S,), exceed as seldom."""
+    """Return the limit that values (K, S), which are worth `windows` (S,) independent windows, exceed as seldom."""
     clipped = np.minimum(values, _outlier_cap(values))
     mean, variance = clipped.mean(0), clipped.var(0, ddof=1)
     positive = mean > 0

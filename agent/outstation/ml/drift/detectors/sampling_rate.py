@@ -143,7 +143,7 @@ class SamplingRateDetector(Detector):
             baseline,
             weight=weight,
             speed_mean=float((fit.mean + mean)[0]),
-            # The mean was learned from so many windows.
+            # The mean was learned from this number of windows.
             speed_sd=sd * math.sqrt(1 + 1 / len(left)),
             cycle=fit.cycle,
             limit=float(control_limits.cusum_limits(noise, slack, false_alarm_budget.SPEED_BUDGET)[0]),

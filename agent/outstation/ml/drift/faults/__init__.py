@@ -1,1 +1,1 @@
-"""Sensor faults, told apart from drift."""
+"""Sensor faults, distinguished from drift."""

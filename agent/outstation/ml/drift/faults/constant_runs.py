@@ -28,7 +28,7 @@ class ConstantRuns(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(self.rows > max_constant_run(reference.longest))
 
     def update(self, low: Float64s, high: Float64s, rows: Ints) -> ConstantRuns:
-        """Add a window with these extremes (F,) of so many known `rows` (F,); one without values changes nothing."""
+        """Add a window with these extremes (F,) of `rows` (F,) known values; one without values changes nothing."""
         constant = (low == high) & (rows > 0)
         length = np.where(constant, rows + np.where(low == self.value, self.rows, 0), 0)
         value = np.where(constant, low, np.nan)

@@ -1,4 +1,4 @@
-"""Sensor faults of one field in one drift window: told apart from drift, because the fix is another one.
+"""Sensor faults of one field in one drift window, distinguished from drift, because they need another repair.
 
 missing        the chart of `missing_values` has an alarm. Up to 5 % of a window's values the window counts, too
 saturated      more than 5 % of values at the window's highest or lowest, far more than on the next value to it
@@ -296,7 +296,7 @@ def excludes_window(faults: Sequence[tuple[Fault, ...]]) -> bool:
 
 
 def _detect_clipping(extremes: Extremes, reference: Reference, limits: FaultLimits, rows: Ints) -> Bools:
-    """Return which of the lowest and highest values (..., F, 2) a sensor cannot get past, of so many `rows` (...,).
+    """Return which of the lowest and highest values (..., F, 2) of `rows` (...,) rows a sensor cannot exceed.
 
     Not where the reference's readings pile up, too, nor where a sensor has so few levels that the outermost is common.
     """

@@ -19,7 +19,7 @@ from outstation.ml.drift.baseline.missing_values import MissingBaseline
 
 RECOVERY_LIMIT = math.log(10_000)  # log likelihood ratio of the usual share against that of the fault
 MAX_RECOVERY_RATE = 0.1  # a field that was wholly empty has to show more than a few values
-RECENT_ROWS = 50  # the share of about so many rows is the fault's size
+RECENT_ROWS = 50  # the share of about this number of rows is the fault's size
 
 
 class MissingValues(msgspec.Struct, frozen=True, eq=False):
@@ -49,7 +49,7 @@ class MissingValues(msgspec.Struct, frozen=True, eq=False):
         return not (any_true(self.evidence) or any_true(self.alarm))
 
     def update(self, missing: Ints, rows: int, t: int, baseline: MissingBaseline) -> MissingValues:
-        """Add a window that began at `t`, of so many `rows` in which each field misses so many values (F,)."""
+        """Add a window of `rows` rows that began at `t`, with the count of missing values of each field (F,)."""
         if self.is_idle and not any_true(missing):
             return self
         evidence = np.maximum(0.0, self.evidence + baseline.evidence(missing, rows))
@@ -68,7 +68,7 @@ class MissingValues(msgspec.Struct, frozen=True, eq=False):
         recovery = np.where(self.alarm, np.maximum(0.0, self.recovery + baseline.recovery(missing, rows, rate)), 0.0)
         recovered = self.alarm & (recovery > RECOVERY_LIMIT)
         alarm = np.where(self.alarm, ~recovered, evidence > baseline.limit)
-        # What was gathered belongs to the fault that ended.
+        # The rows gathered so far belong to the fault that ended.
         return replace(
             now,
             evidence=np.where(recovered, 0.0, evidence),

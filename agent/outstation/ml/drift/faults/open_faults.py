@@ -111,7 +111,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
     def update(
         self, faults: tuple[tuple[Fault, ...], ...], rows: int, raised_count: Ints, *, has_site: bool = True
     ) -> tuple[OpenFaults, FaultChanges]:
-        """Add the faults of a window of so many `rows`; each field raised so many fault alerts before (F,).
+        """Add the faults of a window of `rows` rows; `raised_count` (F,) are the earlier fault alerts of each field.
 
         Unless it was compared with a site's reference (`has_site`), the window says nothing about `SITE_FAULTS`.
         """

@@ -108,7 +108,7 @@ def fit_autocorrelation(scores: Float64s, coefficients: Float64s) -> Float64s:
     deviations = scores - scores.mean(0)
     square = (deviations**2).sum(0)
     lagged = (deviations[1:] * deviations[:-1]).sum(0) / np.maximum(square, 1e-12)
-    # What is fitted to the windows makes neighbors less alike.
+    # Coefficients fitted to the windows make neighbors less alike.
     each = (lagged + coefficients / windows) / (1 - np.minimum(3 * coefficients / windows, 0.5))
     together = float(each.mean())
     spread = float(((each - together) ** 2).sum()) / max(count - 1, 1)

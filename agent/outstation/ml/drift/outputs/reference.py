@@ -27,7 +27,7 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
     edges: Float64s  # (V, 31) inner quantiles of its values, or of its score
     counts: Ints  # (cells,) without those of the error to expect
     held_out: Ints | None = None  # (2, 32) scores of held-out data, and how many of these answers were right
-    # Of its first value, if held-out data tell it. Not encoded otherwise, so that digests of earlier references hold.
+    # For its first value, if held-out data show it. Not encoded otherwise, so that digests of earlier references hold.
     error: ErrorReference | msgspec.UnsetType = msgspec.UNSET
 
     @property
@@ -56,7 +56,7 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
         return replace(self, held_out=np.stack([bincount(part, minlength=BINS) for part in (places, places[right])]))
 
     def is_valid(self, statistics: int) -> bool:
-        """Return True if it holds together for model windows of so many statistics."""
+        """Return True if its parts agree, for model windows with this number of statistics."""
         output, held_out, error = self.output, self.held_out, self.error
         return (
             len(output.values) > 0

@@ -25,7 +25,7 @@ from outstation.protocol.wire.runs import MAX_QUIET_WINDOWS, EpochMicroseconds, 
 MAX_FIELDS = 256
 UNTESTED = "untested"
 MEMBERS = ("features", "output", "joint", "estimate", "windows")
-# No window holds so many rows; a sum over a few million windows is still exact.
+# No window holds as many rows; a sum over a few million windows is still exact.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 # Far beyond any sensor, and far from where their squares and sums overflow.
 Value = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]

@@ -36,7 +36,7 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class StateHistogram(msgspec.Struct):
-    """Rows of a field below, in the reference's bins and above, over so many drift windows of one state."""
+    """Rows of a field below, in and above the reference's bins, over a number of drift windows of one state."""
 
     windows: int
     counts: Ints

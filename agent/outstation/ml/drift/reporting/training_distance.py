@@ -14,7 +14,7 @@ from outstation.ml.drift.baseline.reference import Reference
 from outstation.ml.drift.baseline.summary import Summary
 from outstation.ml.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, round_significant
 
-# Of 1200 honest drift windows of three models the largest distance was 1.12 (`scripts/bench forged-readings`).
+# The largest distance of 1200 honest drift windows of three models was 1.12 (`scripts/bench forged-readings`).
 UNLIKE_TRAINING = 1.5
 _MAX_DEVIATION = 10.0  # sd: a field that hardly moved in training does not decide alone
 

@@ -3,7 +3,7 @@
 Each score of each detector has a CUSUM; charts stand beside them. Subjects are the F fields, then "output", "score" and
 "joint", then the H further outputs.
 
-What follows from a field's drift is no drift of its own: where a field drifts, the model names other classes and pairs
+A consequence of a field's drift is no drift of its own: where a field drifts, the model names other classes and pairs
 of that field move. While its alert is open, these tests wait.
 """
 
@@ -25,7 +25,7 @@ from outstation.ml.drift.detectors.detector import MIN_CLASS_WINDOWS, Task
 from outstation.ml.drift.detectors.registry import CHARTS, MOMENTS, SCORED, ChartStates, ScoreLayout, get_layout
 from outstation.ml.performance import cbpe
 
-# Of its limit, by which each alarm of a test that ended by itself makes that test more cautious, and the most.
+# Share of its limit by which each alarm that ended by itself makes a test more cautious, and the most.
 CAUTION_STEP, MAX_CAUTION = 0.25, 1.75
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
 

@@ -52,7 +52,7 @@ _ALLOW, _FAIL = 0x7FFF0000, 0x00050000  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO(0)
 _EQUAL, _MASKED_EQUAL = 4, 7  # of enum scmp_compare
 _TSYNC = 4  # SCMP_FLTATR_CTL_TSYNC
 _PROT_EXEC, _CLONE_THREAD = 0x4, 0x10000
-# What Python, NumPy and the runtime call once they are loaded. Names that a processor does not have are skipped.
+# Calls of Python, NumPy and the runtime once they are loaded. Names that a processor does not have are skipped.
 _ALLOWED = """
     read write readv writev pread64 lseek _llseek close fstat fstat64 brk munmap mremap madvise membarrier
     futex futex_time64 sched_yield sched_getaffinity set_robust_list rseq gettid getpid

@@ -43,7 +43,7 @@ _ABSENCE_S, _GRACE_S = 2 * _POLL_INTERVAL_S, 5.0
 class SubprocessModel:
     """A model used like `TfliteModel`; or with `poll_ready`, `submit` and `poll`, by callers that must not block.
 
-    Several callers may share it: each request keeps its own answer, whoever waits for the process.
+    Several callers may share it: each request keeps its own answer, also if another caller waits for the process.
 
     The process starts at once, is awaited at the first use, and is restarted after its death. `on_wait` is called about
     once a second while `invoke` waits. Use and close it on the thread that made it: the process ends with that thread.

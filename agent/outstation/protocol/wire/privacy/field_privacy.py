@@ -1,6 +1,6 @@
 """Field privacy: the owner's rules for what leaves the device about a field, applied to every outgoing message.
 
-Of a private field no number leaves, of a rounded one multiples of its step, of a hashed category keyed hashes. Texts
+No number of a private field leaves; a rounded field gives multiples of its step, a hashed category keyed hashes. Texts
 about such a field are replaced, as sentences hold numbers. A field that a bundle computes is private if any field of
 the stream is protected. `docs/concepts/privacy.md` lists the rules.
 """

@@ -86,7 +86,7 @@ def order_by_class(codes: Ints, seed: int) -> Ints:
 
 
 def _take(target: Target, room: float, queries: int) -> Ints:
-    """Return as many of the first windows as `room` allows, each with so many `queries`."""
+    """Return as many of the first windows as `room` allows, if each takes `queries` queries."""
     return np.arange(min(len(target), int(room // queries)))
 
 

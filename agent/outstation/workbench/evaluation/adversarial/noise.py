@@ -32,7 +32,7 @@ def find_smallest_noise(
 ) -> Float64s:
     """Return the size (k,) in sd of the smallest noise that flips the windows at `index` (k,), inf for none found.
 
-    `fields` (k, F) may change, by up to each of the ascending `bounds` in sd; so many `steps` search each bound.
+    `fields` (k, F) may change, by up to each of the ascending `bounds` in sd; `steps` steps search each bound.
     """
     sizes, originals = np.full(len(index), np.inf), target.windows[index]
     changes = np.zeros_like(originals)

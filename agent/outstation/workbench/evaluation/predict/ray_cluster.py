@@ -150,7 +150,7 @@ class RayCluster:
             yield item
 
     def _find_loss(self) -> str | None:
-        """Return what the cluster lacks to go on, or None."""
+        """Return the resource that the cluster lacks, or None."""
         head = self._ray.get_runtime_context().gcs_address
         try:
             _connect(head)

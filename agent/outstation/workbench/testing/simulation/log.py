@@ -14,7 +14,7 @@ _MAX_LINES = 100_000
 
 
 class MachineLog(logging.Handler):
-    """Handler that passes a line for each warning or error to `write`, at most so many."""
+    """Handler that passes a line for each warning or error to `write`, up to a limit."""
 
     def __init__(self, room: MachineRoom, write: Callable[[str], object], max_lines: int = _MAX_LINES) -> None:
         super().__init__(logging.WARNING)

@@ -1,7 +1,7 @@
 """Lossy broker in memory: links lose, delay, repeat, reorder, split and break, in virtual time, from one seed.
 
 Links have the methods of `outstation.protocol.transport.mqtt.Link`. One thread runs everything: while a link waits, the
-clock goes on and the other participants run. The same seed gives the same run, message by message.
+clock runs on, and so do the other participants. The same seed gives the same run, message by message.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _list_steps(
         at_s, following = _elapsed_s(described, decision["time"]), decisions[i + 1 :]
         end_s = _elapsed_s(described, following[0]["time"]) if following else outcome.simulated_s
         reached: dict[str, list[str]] = {}
-        # What devices do after the end of the roll-out is a part of its last step.
+        # Actions of devices after the end of the roll-out are a part of its last step.
         is_last = not any(later["event"] in _STEP_EVENTS for later in following)
         for device, phase, phase_s in phases:
             if at_s <= phase_s and (is_last or phase_s < end_s):

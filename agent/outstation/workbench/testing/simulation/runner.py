@@ -458,7 +458,7 @@ class Simulation:
 
 
 def _raise_file_limit(devices: int) -> None:
-    """Raise the limit of open files to what so many devices need, as far as the system allows it.
+    """Raise the limit of open files to the need of this number of devices, as far as the system allows it.
 
     It stays raised: the devices' files are open between the steps, too, and another simulation may still need it.
     """

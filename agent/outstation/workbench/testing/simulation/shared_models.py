@@ -136,7 +136,7 @@ class PatientModel(SubprocessModel):
 
 
 class CandidateModel:
-    """Model in a process, used like one in this process: whoever asks waits for the answer. It takes no time."""
+    """Model in a process, used like one in this process: the caller waits, and no simulated time passes."""
 
     seconds = 0.0
     is_concurrent = False
