@@ -218,7 +218,7 @@ def _bytes(count: float) -> str:
 
 
 @click.command()
-@click.option("--devices", type=click.IntRange(min=1), help="Print the resources of a fleet of so many devices.")
+@click.option("--devices", type=click.IntRange(min=1), help="Print the resources of a fleet of that size.")
 @click.option("--interval", default=60.0, type=click.FloatRange(min=0.001), help="Seconds between results of a device.")
 @click.option("--message", default=RESULTS, type=click.Choice([RESULTS, RESULT]), help="What a task's message holds.")
 def main(devices: int | None, interval: float, message: str) -> None:

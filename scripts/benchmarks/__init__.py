@@ -100,7 +100,7 @@ BENCHMARKS: dict[str, Measured] = {}
 QUICK: set[str] = set()
 # Number of rows requested with `--rows`, or None for the benchmark's default.
 rows: int | None = None
-# Folder given with `--folder`, in which long benchmarks keep finished parts and made data, and go on from these.
+# Folder given with `--folder`, in which long benchmarks keep finished parts and made data, and continue from these.
 folder: Path | None = None
 
 

@@ -34,7 +34,7 @@ _WRITTEN_RUNS = 3
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the finished parts of alarms and the data of fleet-database here, and go on from these.",
+    help="Keep the finished parts of alarms and the data of fleet-database here, and continue from these.",
 )
 def main(
     names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None, folder: Path | None

@@ -33,10 +33,10 @@ PER_1000 = 10.0
 HOUR_STEP = 7  # by which trials of one site begin later in the day than those of the site before
 MAX_BROKEN_SHARE = 0.1  # of trials in which `status` states that a change is found
 HEAD = f"""\
-`scripts/bench alarms`: alarms of every kind together per 1000 quiet windows, of so many windows, by rows per window.
-A site learns from 40 windows, or three days where there is a cycle, and longer where the reference asks for more.
-Below: median windows until an alarm names the change / how often none did within {WATCHED}; sd are those of a field's
-rows. Sites with a cycle meet the change at different hours."""
+`scripts/bench alarms`: alarms of every kind together per 1000 quiet windows, with the number of windows, by rows per
+window. A site learns from 40 windows, or three days where there is a cycle, and longer where the reference asks for
+more. Below: median windows until an alarm names the change / how often none did within {WATCHED}; sd are those of a
+field's rows. Sites with a cycle meet the change at different hours."""
 OTHERS = """\
 The next table counts, per 1000, windows in which other detectors flag a column by their defaults, on rows of the same
 sites: the learned rows are their reference. KS and Evidently saw 120 windows of each kind and length, others 600."""
@@ -148,7 +148,7 @@ def count_peers(measured: Sequence[Measured]) -> PeerCounts:
 def measure(
     population: Population, length: int, windows: int, trials: int = TRIALS, rows_file: Path | None = None
 ) -> Measured:
-    """Watch sites until there are so many quiet windows, and run each change at `trials` of them.
+    """Watch sites until there are `windows` quiet windows, and run each change at `trials` of them.
 
     The rows of the first sites go to `rows_file`.
     """

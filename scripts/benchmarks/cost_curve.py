@@ -69,7 +69,7 @@ def learn_site(device: Bed, rows: Floats) -> None:
 
 
 def measure_backlog(device: Bed, model: TfliteModel, rows: Floats, windows: int) -> Point:
-    """Measure the work on a backlog of so many windows, each of which follows on from the one before."""
+    """Measure the work on a backlog of windows, each of which follows the one before."""
     size, turns, begin = windows * device.task.window_rows, max(1, _TURN_WINDOWS // windows), 0
 
     def work_off() -> float:

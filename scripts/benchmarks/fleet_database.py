@@ -37,7 +37,7 @@ _LIMIT_S = 211e-6  # per message: the time before there were several processes
 _SECTION_HEAD = """\
 `scripts/bench fleet-database`: an audit of everything, one from its signed checkpoint on, and the drift of all devices.
 Every message is signed, and verified as a collector does. `--rows 1000000 --folder FOLDER` makes a million of them, and
-goes on where an earlier run ended."""
+continues where an earlier run ended."""
 _RUN_EVERY = 10
 _STEP_US = 40_000_000
 _FIRST_US = 1_795_000_000_000_000

@@ -130,7 +130,7 @@ def _check_opened(store: Store, message_log: MessageLog) -> str:
         cursor = store.cursor("judge") or 0
         declared = declared_numbers(messages, "rows", "numbers")
         lost = set(range(1, ROWS + 1)) - rows.keys()
-        # A damaged chunk that no task needs any more is named to whoever reads it.
+        # A damaged chunk that no task needs any more is named to its reader.
         if undeclared := {row for row in lost if row <= cursor} - declared - named_rows(store):
             return f"used rows {sorted(undeclared)[:5]} are lost without a word"
         if cursor != CURSOR and not is_repaired:

@@ -1,4 +1,4 @@
-"""Build hook of Hatchling: `pip install .` compiles the kernel where there is a compiler, and goes on without it.
+"""Build hook of Hatchling: `pip install .` compiles the kernel where there is a compiler, and continues without it.
 
 OUTSTATION_KERNEL_MACHINE names the machine of the wheel (x86_64, aarch64, armv7l), whose kernel then must be built, or
 "none". Without it the wheel is for this machine, or for all machines if it has no compiler.

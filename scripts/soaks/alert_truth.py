@@ -167,7 +167,7 @@ def _feed(store: Store, file: Path, config: Path, readings: Float32s, begin: int
 
 
 def _shuffle_recordings(rows: int, seed: int) -> Float32s:
-    """Return so many rows (n, 6) of the held-out recordings, in random order and as often as it takes."""
+    """Return `rows` rows (n, 6) of the held-out recordings, in random order and as often as it takes."""
     table, rng = recordings.load(_recordings_path()), np.random.default_rng(seed)
     bounds = list(zip(table.starts[:-1].tolist(), table.starts[1:].tolist(), strict=True))
     parts: list[Float32s] = []

@@ -18,7 +18,7 @@ def is_of_another_user(data_dir: Path) -> bool:
 
 
 def become_owner(data_dir: Path) -> None:
-    """Go on as the owner of `data_dir` if this is root, so that no bundle or file of it is handled with root's rights.
+    """Continue as the owner of `data_dir` if this is root: no bundle or file of it is handled with root's rights.
 
     Raises UsageError. A folder that is missing or root's own changes nothing.
     """

@@ -1,4 +1,4 @@
-"""Sites whose readings somebody forges: models, honest windows, forged ones, and the drift monitor that sees them."""
+"""Sites whose readings are forged: models, honest windows, forged ones, and the drift monitor that sees them."""
 
 from __future__ import annotations
 

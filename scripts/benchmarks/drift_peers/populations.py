@@ -142,7 +142,7 @@ def _weather(rng: np.random.Generator, clock: Clock) -> Floats:
 
 
 def _regimes(windows: float, *, known: bool) -> Make:
-    """Make the rows of a machine with three regimes that last so many windows on average, two sd apart."""
+    """Make the rows of a machine with three regimes, two sd apart, with their mean duration in windows."""
 
     def make(rng: np.random.Generator, clock: Clock) -> Floats:
         regime = _last_for(rng, clock.count, windows * clock.rows, REGIMES)

@@ -107,7 +107,7 @@ class QuietCount(msgspec.Struct):
 
 
 class Site(msgspec.Struct, frozen=True):
-    """A site that has learned: its monitor and state, and where its stream goes on."""
+    """A site that has learned: its monitor and state, and the position of its stream."""
 
     monitor: DriftMonitor
     state: DriftState
@@ -163,7 +163,7 @@ def watch_quiet(site: Site, population: Population, rows: int, count: QuietCount
 
 
 def move_on(site: Site, population: Population, rows: int, windows: int) -> Site:
-    """Return the site so many quiet windows later, or as it is if they leave an alert open.
+    """Return the site some quiet windows later, or as it is if they leave an alert open.
 
     Sites of a population learn until the same hour of the day, and a change by night is another one than by day.
     """

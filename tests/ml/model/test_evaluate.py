@@ -341,7 +341,7 @@ def test_the_report_loads_nothing_and_runs_nothing(whole: Evaluation) -> None:
     # reliability, classes, slices, ablation, faults, attacks
     assert len(page.pictures) == 1 + 2 + 2 + 1 + 6 + len(attacks)
     assert "prefers-color-scheme:dark" in text
-    drawn = len(re.findall(r">\d+%</text>", text.partition("When somebody forges readings")[2]))
+    drawn = len(re.findall(r">\d+%</text>", text.partition("When readings are forged")[2]))
     assert drawn == sum(len(attack.points) for attack in attacks)
 
 

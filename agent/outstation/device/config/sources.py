@@ -58,11 +58,11 @@ class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
     folder: str
     """Folder to watch; it contains neither this config nor `data_dir`."""
     poll_interval: Duration = Duration(2.0)
-    """How often to look for new files."""
+    """Interval of looking for new files."""
     image: ImageFormat | None = None
-    """How images become rows."""
+    """Conversion of images to rows."""
     sound: SoundFormat | None = None
-    """How sounds become rows."""
+    """Conversion of sounds to rows."""
 
     @property
     def media_format(self) -> MediaFormat | None:
@@ -181,7 +181,7 @@ class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
     faults: list[ReplayFault] = msgspec.field(default_factory=list)
     """Injected faults, each from a given row on."""
     scenes: list[RecordingFilter] = msgspec.field(default_factory=list)
-    """Which recordings to replay, in order of `from_row`, for recordings without times."""
+    """Recordings to replay, in order of `from_row`, for recordings without times."""
     skip: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Rows to skip, for recordings with times."""
 
@@ -232,7 +232,7 @@ class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
     t: str | None = None
     """JSONPath of the time in epoch seconds; without it the arrival time is used."""
     session_expiry: Duration = Duration(7 * 86_400.0)
-    """How long the broker keeps messages while the device is away."""
+    """Time for which the broker keeps messages while the device is away."""
 
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         check_broker(file, self.broker, f"{key}.broker")
@@ -271,8 +271,8 @@ class ExecSource(SourceSection, frozen=True, tag_field="kind", tag="exec"):
     format: Literal["json", "csv"] = "json"
     """Format of a line."""
     every: Duration | None = None
-    """For a program that prints and ends: run it at this interval. Without it the program goes on, and an end is a
-    failure."""
+    """For a program that prints and ends: run it at this interval. Without it the program keeps running, and an end is
+    a failure."""
     timeout: Duration = Duration(300.0)
     """Longest silence; then the program is killed and started again. `"0 s"`: no limit."""
     max_rate: Annotated[float, msgspec.Meta(gt=0, le=100_000)] = 1000.0

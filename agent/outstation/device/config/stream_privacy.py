@@ -38,7 +38,7 @@ class StreamPrivacy(Section, frozen=True):
     hash: list[str] = msgspec.field(default_factory=list)
     """Category fields whose texts leave as keyed hashes."""
     hash_period: Duration = Duration(30 * 86_400.0)
-    """How long a key of the hashes is used."""
+    """Time of use of a key of the hashes."""
     messages: list[OptionalKind] | None = None
     """If given, the kinds about the stream's tasks that leave."""
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1

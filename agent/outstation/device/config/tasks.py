@@ -64,8 +64,8 @@ class JoinedStreamConfig(Section, frozen=True):
     stream: str
     """Stream with the input's fields."""
     wait: Duration = Duration(10.0)
-    """How long a window waits for the stream's next row: only then is it certain that no earlier row still comes. Rows
-    that come later are left out."""
+    """Time for which a window waits for the stream's next row: only then is it certain that no earlier row still comes.
+    Rows that come later are left out."""
 
 
 class TaskConfig(Section, frozen=True):
@@ -88,8 +88,8 @@ class TaskConfig(Section, frozen=True):
     """Name in the bundle store, or a path."""
     schedule: str = "every 60 s"
     """When batches run: an interval, a cron expression, or `"when 500 rows"`, several joined by `or`; each with time
-    zone, dates and jitter as the guide "schedules" explains. Where so many rows come more than ten times a second, a
-    run waits for four drift windows, or 100 ms after the last run."""
+    zone, dates and jitter as the guide "schedules" explains. Where that number of rows comes more than ten times a
+    second, a run waits for four drift windows, or 100 ms after the last run."""
     deadline: Duration | None = None
     """Longest duration of a batch: a late batch is counted, and the next ones are smaller."""
     publish: Literal["all", "changes", "summary"] | PublishBelow = "all"
@@ -100,10 +100,10 @@ class TaskConfig(Section, frozen=True):
     learn_duration: Duration = Duration(0.0)
     """Least time those windows must span."""
     learn_extension: Annotated[float, msgspec.Meta(ge=1, le=100)] = 4.0
-    """Up to how many times as long learning goes on where windows are so much like their neighbours, for weather or
-    long modes, that they tell too little of what is usual; 1: not at all."""
+    """The longest time of learning, as a multiple of the usual time, where windows resemble their neighbours too much,
+    for weather or long modes, to show the usual range; 1: no extension."""
     on_deviation: Literal["continue", "hold"] = "continue"
-    """A learned reference that deviates is used, with an alert; `"hold"`: drift is not tested until somebody accepts
+    """A learned reference that deviates is used, with an alert; `"hold"`: drift is not tested until a person accepts
     it."""
     seasonality: Literal["auto", "hour", "week", "none"] | None = None
     """Daily cycle of the site's reference: `"hour"` follows the hour, `"week"` rest days too, `"none"` neither,

@@ -39,7 +39,7 @@ class UpdatesConfig(Section, frozen=True):
     root: str = "root.json"
     """First trusted TUF root, given at enrolment."""
     poll_interval: Duration = Duration(6 * 3600.0)
-    """How often to check for new metadata."""
+    """Interval of checks for new metadata."""
     window: str | None = None
     """Time of day for downloads, local time: `"01:00-05:00"`."""
     max_rate: Size | None = None
@@ -47,7 +47,7 @@ class UpdatesConfig(Section, frozen=True):
     max_size: Size = Size(64 << 20)
     """Largest bundle archive."""
     allow_plaintext: bool = False
-    """Allow `http://` to another machine: downloads are still verified, but anybody on the network can see them."""
+    """Allow `http://` to another machine: downloads are still verified, but others on the network can see them."""
 
     @property
     def is_folder(self) -> bool:

@@ -39,8 +39,8 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 class LabelBatch(msgspec.Struct, frozen=True):
     """Labels of one line, for one task; `rejected`: position → reason.
 
-    `by`: who gave them, authenticated; "" for anybody who may write to the socket. `claim`: a name and its token, which
-    nobody has verified yet.
+    `by`: who gave them, authenticated; "" for programs that may write to the socket. `claim`: a name and its token,
+    which nobody has verified yet.
     """
 
     task: str

@@ -114,7 +114,7 @@ def encode_labels(labels: Labels) -> list[str | LabelRun]:
     starts = np.flatnonzero(np.diff(labels.codes, prepend=-1))
     counts, count = np.diff(starts, append=len(labels.codes)), len(labels.texts)
     runs = (counts * count + labels.codes[starts]).tolist()
-    # Whoever has many labels has few texts: runs of one label and length are one object.
+    # Many labels have few texts: runs of one label and length are one object.
     made = {run: _encode_run(labels.texts[run % count], run // count) for run in set(runs)}
     return [made[run] for run in runs]
 

@@ -47,7 +47,7 @@ _APPLY_INTERVAL_S = 1.0
 _FULL_RETRY_S = 5.0
 # Earlier newest results are in pages of their own: deleted one by one, each would cost two pages of flash.
 _LEAST_DISPLACED = 16
-# Under load the next messages settle a doubt. Whoever repeats old acknowledgements causes one message a minute.
+# Under load the next messages settle a doubt. An attacker who repeats old acknowledgements causes one message a minute.
 _SETTLE_AFTER_S, _SETTLE_INTERVAL_S = 3.0, 60.0
 EVENT = "acknowledgement"
 

@@ -82,7 +82,7 @@ def devices(with_retired: bool, db: str | None, home: Path, as_json: bool) -> No
 def accept_log(device: str, log: str | None, db: str | None, home: Path, as_json: bool) -> None:
     """Accept one message log of DEVICE as the genuine one, if two live at once. Without LOG, list its logs.
 
-    Alerts of the other logs are then no longer open. If one of them goes on, the alert of two logs comes again.
+    Alerts of the other logs are then no longer open. If one of them continues, the alert of two logs comes again.
     """
     if log is None:
         _, reader = open_for_reading(home, db, device)

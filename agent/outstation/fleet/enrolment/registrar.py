@@ -1,7 +1,7 @@
 """Registrar: answers the enrolment requests of invited devices over MQTT.
 
-It runs while the operator waits for devices: the collector, which anybody's messages reach, never uses the fleet's
-certificate authority.
+It runs while the operator waits for devices: the collector, which reads messages of every client, never uses the
+fleet's certificate authority.
 """
 
 from __future__ import annotations

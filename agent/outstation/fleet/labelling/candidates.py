@@ -21,7 +21,7 @@ from outstation.foundation.arrays import Float64s, Ints
 from outstation.ml.performance import label_candidates
 from outstation.ml.performance.label_candidates import Reason, UnlabelledResults
 
-# So many results are read for one list, of each task its share of them.
+# Results that are read for one list; each task has its share of them.
 _READ_ROWS, _MIN_ROWS, _MAX_ROWS = 100_000, 50, 5_000
 _MAX_WINDOWS = 200
 # Strength of drift that moves no distribution of a single field, such as a changed correlation.

@@ -17,7 +17,7 @@ from outstation.foundation.text import count_columns, pad, printable, printable_
 last_option = click.option(
     "--last", metavar="N", default=20, show_default=True, type=click.IntRange(1, 10_000), help="The newest N."
 )
-follow_option = click.option("--follow", is_flag=True, help="Go on with new ones as they come, until Ctrl-C.")
+follow_option = click.option("--follow", is_flag=True, help="Also print new ones as they come, until Ctrl-C.")
 
 
 def format_time(time: str) -> str:

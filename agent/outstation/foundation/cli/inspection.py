@@ -25,7 +25,7 @@ Decorator = Callable[[Command], Command]
 OpenDatabase = Callable[..., sqlite_utils.Database]
 
 _limit_option = click.option(
-    "--limit", metavar="N", type=click.IntRange(1), default=20, help="At most so many rows; default 20."
+    "--limit", metavar="N", type=click.IntRange(1), default=20, help="The most rows to show; default 20."
 )
 _where_option = click.option("--where", metavar="SQL", help='Only these rows: "seq > 100".')
 _order_option = click.option("--order", "order_by", metavar="SQL", help='Order: "seq desc".')

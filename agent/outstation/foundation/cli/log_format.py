@@ -13,7 +13,7 @@ from outstation.foundation.text import printable, printable_lines
 
 _INTERVAL_S = 60.0
 _MAX_TRACKED = 256
-# So many equal messages within one interval are no storm yet.
+# The most equal messages within one interval that are no storm.
 _MAX_EQUAL = 3
 
 

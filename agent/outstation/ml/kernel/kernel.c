@@ -576,7 +576,7 @@ static void widen(const float *rows, int64_t n, int64_t fields, double *out, int
 #define INLINE static inline __attribute__((always_inline))
 
 /* Measure eight fields of n rows, `width` apart: means, variances, at least `least`, and mean squares, NaN of fields that do
- * not move. `whole` takes their values less the mean, rounded to whole steps, of which there are so many in 1 sd.
+ * not move. `whole` takes their values less the mean, rounded to whole steps of a fraction of 1 sd.
  */
 INLINE void measure_moments(int has_missing, const double *padded, int64_t n, int64_t width, double steps, const double *least,
                             double *whole, double *means, double *variances, double *squares) {

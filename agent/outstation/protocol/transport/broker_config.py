@@ -51,7 +51,7 @@ class BrokerConfig(Section, frozen=True):
     password: str | None = None
     """Password, for brokers that require one."""
     allow_plaintext: bool = False
-    """Allow `mqtt://` to another machine: anybody on the network can read the messages, but not forge them."""
+    """Allow `mqtt://` to another machine: others on the network can read the messages, but not forge them."""
     max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
     """Largest message; longer ones are split. AWS IoT Core accepts 128 KiB."""
     compress: bool = False

@@ -105,7 +105,7 @@ class SigningKey:
 
 
 def parse_public_key(text: str) -> PublicKey:
-    """Parse a base64url public key. Raises ValueError, also for keys that anybody can sign for."""
+    """Parse a base64url public key. Raises ValueError, also for keys for which every signature verifies."""
     raw = b64url_decode(text.strip())
     if len(raw) != 32:
         raise ValueError(f"an Ed25519 public key has 32 bytes, this one {len(raw)}")
@@ -114,7 +114,7 @@ def parse_public_key(text: str) -> PublicKey:
 
 
 def parse_encryption_key(text: str) -> EncryptionKey:
-    """Parse a base64url public key. Raises ValueError, also for keys whose shared secret anybody knows."""
+    """Parse a base64url public key. Raises ValueError, also for keys whose shared secret is public."""
     raw = b64url_decode(text.strip())
     if len(raw) != 32:
         raise ValueError(f"an X25519 public key has 32 bytes, this one {len(raw)}")
@@ -250,9 +250,9 @@ def load_public(text_or_path: str) -> PublicKey:
 def _check_point(raw: bytes) -> None:
     """Check that `raw` (32 bytes) is the canonical encoding of a point of large order (RFC 8032 section 5.1).
 
-    Libraries load any 32 bytes as a key. For a key of small order anybody can forge a signature that fits all messages
-    or one in eight. A point with two spellings has two thumbprints, so that revoking one leaves the other valid.
-    Raises ValueError.
+    Libraries load any 32 bytes as a key. For a key of small order an attacker can forge a signature that fits all
+    messages or one in eight. A point with two spellings has two thumbprints, so that revoking one leaves the other
+    valid. Raises ValueError.
     """
     y = int.from_bytes(raw, "little") & (_SIGN_BIT - 1)
     if y >= _P:

@@ -1,6 +1,6 @@
 """Log head: a device's signed statement of where its log ends, for an auditor who does not trust the operator.
 
-The digest of the newest message commits to all messages before it. Whoever has a head can tell later whether the
+The digest of the newest message commits to all messages before it. A holder of a head can tell later whether the
 operator shows the same log. The device's key signs it with a domain that no message has.
 """
 

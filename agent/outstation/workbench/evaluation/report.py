@@ -241,7 +241,7 @@ def _adversarial_section(evaluation: Evaluation) -> Iterator[Markup]:
         cards.append(page.card(_capitalize(attack.attack), _capitalize(attack.meaning) + ".", chart))
     changes = to_texts(tables.smallest_change_rows(evaluation, by_class=True)[:_MAX_CHANGES])
     smallest = table(["Field", "Class", "Median change", "Smallest change", "Windows"], changes, (4,))
-    yield section("When somebody forges readings", lead, _grid(cards), smallest)
+    yield section("When readings are forged", lead, _grid(cards), smallest)
 
 
 def _float_comparison_section(evaluation: Evaluation) -> Iterator[Markup]:

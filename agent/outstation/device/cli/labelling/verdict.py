@@ -28,7 +28,7 @@ from outstation.ml.performance.labels import VERDICT, Label, LabelSchema
 def verdict(task: str, row: int, label: str | None, by: str, config_file: str | None, as_json: bool) -> None:
     """Correct the result of TASK at ROW to LABEL; without LABEL, confirm it.
 
-    A verdict is a label by somebody who saw the answer: it is counted, and left out of the metrics of ground truth.
+    A verdict is a label by a person who saw the answer: it is counted, and left out of the metrics of ground truth.
     """
     _, conf = device.load_config(config_file, task)
     predicted = _find_answer(conf, task, row)
@@ -73,7 +73,7 @@ def label_next(task: str, limit: int, seed: int, config_file: str | None, as_jso
 def label_token(name: str, config_file: str | None, as_json: bool) -> None:
     """Print the token with which NAME, a program or a person, authenticates labels.
 
-    Decisions use authenticated labels, so whoever holds the token can let a roll-out pass or fail. Delete labels.key in
+    Decisions use authenticated labels, so the holder of the token can let a roll-out pass or fail. Delete labels.key in
     the data folder and restart to revoke all tokens.
     """
     _, conf = device.load_config(config_file)

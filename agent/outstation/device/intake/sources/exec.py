@@ -53,7 +53,7 @@ _COLUMN_TYPES = {"category": ColumnType.TEXT, "i64": ColumnType.INTEGER}
 
 
 def check(context: SourceContext, source: ExecSource) -> str:
-    """Describe the source. Raises ConfigError if the program is missing, or anybody could replace it."""
+    """Describe the source. Raises ConfigError if the program is missing, or other users could replace it."""
     key, name = f"streams.{context.name}.source.command", source.command[0]
     program = shutil.which(name)
     if program is None:

@@ -257,7 +257,7 @@ def _check_regular(status: os.stat_result) -> None:
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
         raise UsageError(f"is {kind}, not a file; copy the file itself into the folder")
     if status.st_nlink != 1:
-        # Whoever makes a hard link need not be allowed to read the file.
+        # The maker of a hard link need not be allowed to read the file.
         raise UsageError(f"has {status.st_nlink} names (hard links); copy the file itself into the folder")
 
 

@@ -48,7 +48,7 @@ _ROLES = click.Choice(["viewer", "operator", "admin"])
 @click.option("--proxy-role", type=_ROLES, help="Role of such visitors without an account; default: none.")
 @click.option("--operator-key", type=click.Path(path_type=Path, dir_okay=False),
               help="Key that signs decisions and evidence; default that of fleet.toml.")  # fmt: skip
-@click.option("--read-only", is_flag=True, help="Offer no action, whoever signs in.")
+@click.option("--read-only", is_flag=True, help="Offer no action to any account.")
 @db_option
 @fleet_option
 def dashboard(

@@ -52,7 +52,7 @@ def export(
 ) -> None:
     """Export the fleet's messages as Parquet, partitioned by kind and day.
 
-    Run it again to add what arrived since; it goes on where it was interrupted. The first run decides the options.
+    Run it again to add what arrived since; it continues where it was interrupted. The first run decides the options.
     The collector's key signs the manifest. `outstation fleet audit --export DIR` verifies the files, and
     `outstation fleet sql` queries them.
     """

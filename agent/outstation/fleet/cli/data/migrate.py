@@ -24,7 +24,7 @@ from outstation.foundation.text import pluralize
 def migrate(source_url: str | None, target_url: str, processes: int, home: Path, as_json: bool) -> None:
     """Copy a SQLite database to PostgreSQL, and audit the copy.
 
-    Stop the collector before. An interrupted copy goes on when the command runs again. Then set `db` in fleet.toml to
+    Stop the collector before. An interrupted copy continues when the command runs again. Then set `db` in fleet.toml to
     the new database, and start the collector.
     """
     from outstation.fleet.audit.audit import audit

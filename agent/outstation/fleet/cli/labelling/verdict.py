@@ -18,7 +18,7 @@ from outstation.foundation.cli.output import echo, emit, print_table
 def verdict() -> None:
     """Confirm or correct results and alerts, and list verdicts by person.
 
-    A verdict is a label by somebody who saw the answer first. It is counted separately from ground truth (`fleet
+    A verdict is a label by a person who saw the answer first. It is counted separately from ground truth (`fleet
     label`).
     """
 

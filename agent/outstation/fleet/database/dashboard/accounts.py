@@ -7,7 +7,7 @@ from typing import Any
 from outstation.fleet.database.interface import Connection, Row, fetch_dicts
 
 MAX_SESSIONS = 20
-# Refused sign-ins that are stored: anybody can cause them. Sign-ins and sign-outs of each account that are stored.
+# Refused sign-ins that are stored: every client can cause them. Sign-ins and sign-outs of each account that are stored.
 MAX_REFUSALS, MAX_SIGN_INS = 10_000, 1_000
 SIGN_IN, SIGN_OUT = "sign in", "sign out"
 

@@ -1,7 +1,8 @@
 """Sensitivity of a site's tests: the smallest change of each field that its CUSUM finds within WINDOWS drift windows.
 
-Whoever reads "no alarm" needs to know what would have alarmed. A site whose windows differ much among themselves, by
-night and day or by unnamed modes, finds large changes only. A value that a field rests at is never stuck.
+A reader of "no alarm" needs to know the smallest change that would have alarmed. A site whose windows differ much among
+themselves, by night and day or by unnamed modes, finds large changes only. A value that a field rests at is never
+stuck.
 """
 
 from __future__ import annotations

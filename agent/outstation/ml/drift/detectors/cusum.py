@@ -29,8 +29,8 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
     """CUSUMs of T tests, shape (2, T): row 0 looks for values that are too high, row 1 for too low.
 
     `windows`, `effect` and `since` (epoch µs) cover the windows since `value` last left zero, the best estimate of when
-    the change began. `alarm` is raised above the limit, and cleared (and the sum restarted) after so many windows in a
-    row as `windows_to_clear` says, whose score does not exceed the slack on its side.
+    the change began. `alarm` is raised above the limit, and cleared (and the sum restarted) after that number of
+    windows in a row as `windows_to_clear` says, whose score does not exceed the slack on its side.
     """
 
     value: Float64s

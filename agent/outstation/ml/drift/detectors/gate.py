@@ -85,7 +85,7 @@ class GateDetector(Detector):
         """Run over W windows that began at `t` (W,) epoch µs.
 
         W is 1 while an alert is open or the window has a fault. `fields_drift` says that a drift alert of a field is
-        open before them. So many windows `to_clear` in a row without evidence clear an alert.
+        open before them. `to_clear` windows in a row without evidence clear an alert.
         """
 
     @abstractmethod

@@ -68,7 +68,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
     def update(self, exceeded: Bools, tested: Bools, t: int, *, to_clear: int = WINDOWS_TO_CLEAR) -> PsiConfirmation:
         """Add a window that began at `t`; subjects that were not `tested` stay as they are.
 
-        So many windows in a row within the limit clear an alarm.
+        `to_clear` windows in a row within the limit clear an alarm.
         """
         last, one_more = self.exceeded_at
         if not (any_true(exceeded) or any_true(self.alarm)):

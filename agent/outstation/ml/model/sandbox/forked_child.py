@@ -65,7 +65,7 @@ class ForkedChild:
             try:
                 pid, status = os.waitpid(self.pid, options)
             except ChildProcessError:
-                # Whoever started this process has it ignore SIGCHLD: the kernel keeps no exit codes.
+                # The parent process has it ignore SIGCHLD: the kernel keeps no exit codes.
                 pid, status = self.pid, 0
             if pid:
                 self._code = os.waitstatus_to_exitcode(status)

@@ -203,7 +203,7 @@ class SubprocessModel:
 
     def poll_ready(self, timeout_s: float = 0.0) -> bool:
         """Return True if it is loaded and idle; start it if needed. Raises ModelProcessFailed."""
-        # Whoever sent the pending request may never ask for its answer.
+        # The sender of the pending request may never ask for its answer.
         self._collect(timeout_s)
         if not self.is_running:
             self.start()

@@ -100,7 +100,7 @@ def pack(
     passed = bool(packed.training) and all(each.report.state == "passed" for each in packed.training)
     refused = require_clean and not passed
     if not refused:
-        # The same content needs no new signature, so that anybody can rebuild and compare.
+        # The same content needs no new signature, so that every reader can rebuild and compare.
         if key_file is None:
             packing.reuse_signature(packed, out)
         packing.write_bundle(packed, out)

@@ -319,7 +319,7 @@ class Simulation:
         return remaining_s > 0
 
     def _drain(self) -> list[str]:
-        """Go on until each device once has everything acknowledged, at most as long as the scenario says.
+        """Run until each device once has everything acknowledged, at most as long as the scenario says.
 
         Return the devices that have not. All of many are never idle at a time: each sends a health message a minute.
         """
