@@ -63,7 +63,7 @@ def learn_site(device: Bed, rows: Floats) -> None:
     for _ in range(_MOST_LEARNING_RUNS):
         device.fill(rows)
         device.work_off()
-        if device.task.drift_state is not None and device.task.drift_state.site_reference is not None:
+        if device.task.drift is not None and device.task.drift.state.site_reference is not None:
             return
     raise click.ClickException("the recordings are too few for the site's reference: increase the rows that it learns")
 
@@ -95,14 +95,14 @@ def measure_batch(device: Bed, model: TfliteModel, rows: Floats, divisor: int) -
         began = time.process_time()
         while True:
             # Each batch that succeeds halves it.
-            device.task.batch_divisor = divisor
+            device.task.size.divisor = divisor
             step = batches.run(device.task, device.store, device.author, clock.read())
             if step is None:
                 return (time.process_time() - began) / _LARGE
             sizes.append(step.windows)
 
     us = _median_us(work_off)
-    device.task.batch_divisor = 1
+    device.task.size.divisor = 1
     windows = round(statistics.median(sizes))
     return Point(windows, us, _interpreter_us(model, windows))
 

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from outstation.device import config
+from outstation.device.batch_parts.result_part import _leave_out_rare
 from outstation.device.bootstrap import device
 from outstation.device.cli.owner.privacy import build_document
-from outstation.device.pipeline.batch_messages import _leave_out_rare
 from outstation.device.recovery.open import open_store
 from outstation.foundation.cli.commands import cli
 from outstation.foundation.errors import ConfigError

@@ -62,13 +62,13 @@ def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: P
         author = MessageLog("acme", "pi-07", new_key(1), store.log_id, 1, 120_000)
         while batch.run(task, store, author, NOW) is not None:
             pass
-        assert task.drift_state is not None
-        assert task.drift_state.known_modes == ("idle", "run")
-        assert task.drift_state.site_reference is not None
-        assert task.drift_state.site_reference.class_n[[0, 1, 32, 2], 0].tolist() == [130, 130, 140, 0]
+        assert task.drift is not None
+        assert task.drift.state.known_modes == ("idle", "run")
+        assert task.drift.state.site_reference is not None
+        assert task.drift.state.site_reference.class_n[[0, 1, 32, 2], 0].tolist() == [130, 130, 140, 0]
         again = loaded(tmp_path, REGRESS, "state", store)
-        assert again.drift_state is not None
-        assert again.drift_state.to_bytes() == task.drift_state.to_bytes()
+        assert again.drift is not None
+        assert again.drift.state.to_bytes() == task.drift.state.to_bytes()
 
 
 def test_a_task_may_override_the_class_field_of_its_bundle(tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_a_task_may_override_the_class_field_of_its_bundle(tmp_path: Path) -> No
         folder = tmp_path / f"{override} {mode}"
         folder.mkdir()
         task = loaded(folder, asking(override), mode)
-        assert task.drift_monitor is not None
-        assert task.drift_monitor.settings.class_field == expected
+        assert task.drift is not None
+        assert task.drift.monitor.settings.class_field == expected
 
 
 def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_path: Path) -> None:

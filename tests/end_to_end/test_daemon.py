@@ -12,13 +12,14 @@ import pytest
 
 from outstation.device import config
 from outstation.device import daemon as daemon_module
+from outstation.device.batch_parts import batch_size
 from outstation.device.bootstrap.daemon import build_daemon, load_scheduled_tasks
 from outstation.device.bootstrap.device import load_config, open_store
 from outstation.device.capacity.space import SpaceManager
 from outstation.device.config.config import Config
 from outstation.device.daemon import Daemon
 from outstation.device.machine import heap
-from outstation.device.pipeline import batch, loaded_task
+from outstation.device.pipeline import batch
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.recovery import open as recovery
 from outstation.device.signals import Signals
@@ -253,8 +254,8 @@ def test_a_backlog_leaves_time_for_commands_clock_health_and_other_tasks(
         return real(task, *rest)
 
     monkeypatch.setattr(batch, "run", run)
-    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
-    monkeypatch.setattr(loaded_task, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(batch_size, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(batch_size, "_BATCH_ROWS", 4)
     monkeypatch.setattr(turned.daemon._remote_commands, "tick", lambda now: done.append("commands"))
     monkeypatch.setattr(turned.daemon._health_reporter, "write_health", lambda: done.append("health"))
     turned.feed(32_000)
@@ -308,7 +309,7 @@ def test_the_memory_of_a_backlog_that_takes_several_time_slices_is_given_back(
     turned: Turned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     releases: list[int | None] = []
-    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(batch_size, "_BATCH_WINDOWS", 4)
     monkeypatch.setattr(daemon_module, "_MANY_ROWS", 14_000)
     monkeypatch.setattr(heap, "release_free", lambda: releases.append(turned.store.cursor("other")))
     turned.feed(8000)
@@ -350,8 +351,8 @@ def test_a_warm_machine_works_off_its_backlog_in_a_quarter_of_the_time(
         return real(task, *rest)
 
     monkeypatch.setattr(batch, "run", run)
-    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
-    monkeypatch.setattr(loaded_task, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(batch_size, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(batch_size, "_BATCH_ROWS", 4)
     monkeypatch.setattr(turned.daemon.throttle, "_read_temperature", lambda: heat[0])
     turned.feed(32_000)
     start_s = turned.boot_s
@@ -368,8 +369,8 @@ def test_a_warm_machine_works_off_its_backlog_in_a_quarter_of_the_time(
 
 
 def test_a_paused_task_does_not_go_on_with_its_backlog(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
-    monkeypatch.setattr(loaded_task, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(batch_size, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(batch_size, "_BATCH_ROWS", 4)
     turned.feed(8000)
     turned.look_s = 0.5
     assert turned.turn() == 0.0

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from outstation.device.batch_parts.columns import encode_runs, encode_times
+from outstation.device.batch_parts.result_part import _clock_members
 from outstation.device.config.config import Config
 from outstation.device.intake.group_commit import GroupCommit
 from outstation.device.machine.timekeeping import Timekeeper
-from outstation.device.pipeline.batch_messages import _clock_members
-from outstation.device.pipeline.columns import encode_runs, encode_times
 from outstation.device.recovery.open import open_store
 from outstation.device.store.clock_segments import clip_stamps
 from outstation.device.store.message_log import MessageLog

@@ -13,12 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outstation.device import config
-from outstation.device.pipeline import batch, drift_state
+from outstation.device.batch_parts import drift_state
+from outstation.device.batch_parts.drift_part import DriftPart
+from outstation.device.batch_parts.drift_state import RestoredDrift
+from outstation.device.batch_parts.joined_streams import JoinedStream
+from outstation.device.batch_parts.task_plan import TaskPlan
+from outstation.device.bootstrap.assembly import assemble_task
+from outstation.device.pipeline import batch
 from outstation.device.pipeline.batch import BatchResult
-from outstation.device.pipeline.joined_streams import JoinedStream
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.recovery.open import open_store
 from outstation.device.rules import compiler
+from outstation.device.samples.selection import SampledTask
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.rows import Rows
 from outstation.device.store.store import Store
@@ -26,7 +32,9 @@ from outstation.foundation.clock import ClockReading
 from outstation.ml.drift.monitor import DriftMonitor
 from outstation.ml.drift.monitor_settings import MonitorSettings
 from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle.bundle import Bundle
 from outstation.ml.model.inference import scores
+from outstation.ml.model.inference.tuning import Tuning
 from outstation.protocol.wire import jws
 from outstation.protocol.wire.log_chain import digest
 from outstation.protocol.wire.messages import ResultColumns, ResultsPayload
@@ -53,6 +61,7 @@ class Device:
     max_size: int = 2**30
     alerts: list[config.AlertRuleConfig] = field(default_factory=list)
     joined_streams: dict[str, JoinedStream] = field(default_factory=dict)
+    tuning: Tuning | None = None
     store: Store = field(init=False)
     task: LoadedTask = field(init=False)
     author: MessageLog = field(init=False)
@@ -82,18 +91,28 @@ class Device:
             )
             restored = drift_state.restore(self.store, "tiny", judge)
         chosen = config.TaskConfig(stream="watch", bundle="tiny", publish=self.publish, alerts=self.alerts)
-        active = self.active
-        self.task = LoadedTask(
-            *("tiny", chosen, self.stream, active.bundle, active.model),
-            None if restored is None else restored.monitor,
-            None if restored is None else restored.state,
-            "sha256:c",
-            closing_messages=None if restored is None else restored.messages,
-            unsaved_basis=None if restored is None else restored.basis,
-            rules=compiler.compile_rules("outstation.toml", "tiny", self.alerts, manifest, active.model),
-            joined_streams=self.joined_streams,
-        )
+        self.task_config = chosen
+        self.assemble(restored)
         self.author = MessageLog("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
+
+    def assemble(
+        self,
+        restored: RestoredDrift | None,
+        bundle: Bundle | None = None,
+        samples: SampledTask | None = None,
+        name: str = "tiny",
+    ) -> None:
+        """Assemble the task, by default with the active bundle."""
+        bundle, model = bundle or self.active.bundle, self.active.model
+        plan = TaskPlan.from_bundle(name, self.task_config, self.stream, bundle, model, "sha256:c", tuning=self.tuning)
+        rules = compiler.compile_rules("outstation.toml", name, self.alerts, self.active.bundle.manifest, model)
+        self.task = assemble_task(plan, restored, rules=rules, samples=samples, joined_streams=self.joined_streams)
+
+    @property
+    def drift(self) -> DriftPart:
+        """Drift detection of the task, which has one."""
+        assert self.task.drift is not None
+        return self.task.drift
 
     def restart(self) -> None:
         self.store.close()

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from outstation.device import config
+from outstation.device.batch_parts.joined_streams import JoinedStream
 from outstation.device.config.alert_rules import AlertRuleConfig
-from outstation.device.pipeline.joined_streams import JoinedStream
 from outstation.device.store.rows import Rows
 from outstation.ml.drift.baseline import window_statistics
 from outstation.ml.model import activation

@@ -32,8 +32,13 @@ class SampledDevice(Device):
         self.config = config
         bundle = self.active.bundle
         joined = {name: (each.name, each.config.fields) for name, each in self.joined_streams.items()}
-        self.task.samples = SampledTask.from_bundle(config, ("tiny", "watch"), self.stream.fields, bundle, joined)
+        fields = self.stream.fields
+        self.assemble_samples(SampledTask.from_bundle(config, ("tiny", "watch"), fields, bundle, joined))
         self.sampler = Sampler(self.store, self.author, lambda: key)
+
+    def assemble_samples(self, samples: SampledTask | None) -> None:
+        """Assemble the task again, so that these of its readings may be sent."""
+        self.assemble(None if self.task.drift is None else self.task.drift.to_restored(), samples=samples)
 
     def feed_text(self, text: str) -> None:
         self.feed(CENTRES[["lr-".index(letter) for letter in text]])

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.batch_parts.batch_part import Batch, BatchPart
+from outstation.device.batch_parts.task_plan import TaskPlan
+from outstation.device.bootstrap.assembly import assemble_task
 from outstation.device.rollout.shadow import ShadowRunner
 from outstation.foundation.clock import ClockReading
 from outstation.ml.model.activation import LoadedBundle
@@ -33,8 +35,8 @@ class ShadowDevice:
 
     def begin(self) -> ShadowRunner:
         device = self.device
-        self.task = LoadedTask(
-            "tiny", device.task.config, device.stream, self.other, self.model, None, None, "sha256:c"
+        self.task = assemble_task(
+            TaskPlan.from_bundle("tiny", device.task.config, device.stream, self.other, self.model, "sha256:c")
         )
         return ShadowRunner(device.task, self.task, "better", device.store, **self.options)
 
@@ -46,7 +48,7 @@ class ShadowDevice:
         """Feed and run a batch, pass it to the shadow, and wait for its answer (`hear`). Return the task's result."""
         observed = self.observed = []
         self.device.feed(values)
-        self.device.task.batch_observer = Recorder(observed)
+        self.device.task.attach(Recorder(observed))
         self.device.run()
         for batch, answers in observed:
             self.runner.submit_batch(self.device.store, batch, answers)
@@ -62,15 +64,11 @@ class ShadowDevice:
         return [m.body for m in self.device.messages() if isinstance(m.body, ShadowPayload)]
 
 
-class Recorder:
-    """A batch observer that keeps every committed batch."""
+class Recorder(BatchPart):
+    """A part of a batch that keeps the rows and answers of every committed one."""
 
     def __init__(self, observed: list[tuple[Any, InferenceResult]]) -> None:
         self._observed = observed
 
-    def before_commit(self, task: LoadedTask, answers: InferenceResult) -> None: ...
-
-    def save_progress(self, tx: Any) -> None: ...
-
-    def after_commit(self, task: LoadedTask, store: Any, batch: Any, answers: InferenceResult) -> None:
-        self._observed.append((batch, answers))
+    def follow(self, batch: Batch, results: InferenceResult) -> None:
+        self._observed.append((batch.rows, results))

@@ -242,13 +242,13 @@ class Daemon:
     def _run_if_due(self, scheduled: ScheduledTask, now: ClockReading, is_pipelined: bool) -> float:
         """Run a task that is due, or that the last tick did not finish; return the seconds it took."""
         name = scheduled.task.name
-        if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
+        if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.size.rows_to_gather):
             self._record_run(scheduled, now)
             self._unfinished.add(name)
         if name not in self._unfinished:
             return 0.0
         started_s = self._now().boot_s
-        scheduled.task.is_pipelined = is_pipelined
+        scheduled.task.lookahead.is_allowed = is_pipelined
         self._run_batches(scheduled, now)
         return self._now().boot_s - started_s
 
@@ -349,7 +349,7 @@ class Daemon:
             log.error("task %s: %s; its rows are kept, and it is retried when next due", name, failure)
             return
         try:
-            task.is_crash_suspect = True
+            task.crash.is_suspect = True
             digest = task.bundle.digest
             if quarantine.record_crash(self._conf, self._store, self._message_log, name, digest, self._now()):
                 self._runtime.replace_task(self._reload_task(name), lambda _task: scheduled)

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 
 from outstation import __version__
+from outstation.device.batch_parts import deadline
 from outstation.device.bundles import overrides, rollout_state
 from outstation.device.capacity import space
 from outstation.device.config import Config
 from outstation.device.machine import timekeeping
 from outstation.device.machine.timekeeping import SYNCED
-from outstation.device.pipeline import deadline
 from outstation.device.samples import budget
 from outstation.device.store import retention, task_keys
 from outstation.device.store.cost import ProcessMeter

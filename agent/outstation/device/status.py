@@ -11,13 +11,14 @@ from typing import Any
 
 import msgspec
 
+from outstation.device.batch_parts import deadline, drift_state, joined_streams
 from outstation.device.bundles import history, overrides, rollout_state
 from outstation.device.capacity import space
 from outstation.device.config import Config, StreamConfig
 from outstation.device.config.sources import ExecSource
 from outstation.device.machine.throttle import Throttle
 from outstation.device.machine.timekeeping import build_report, make_clock
-from outstation.device.pipeline import deadline, drift_state, joined_streams, relearn, tuning_cache
+from outstation.device.pipeline import relearn, tuning_cache
 from outstation.device.recovery.report_findings import inspect_condition
 from outstation.device.samples import budget
 from outstation.device.store import cost, task_keys

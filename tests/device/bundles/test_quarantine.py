@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from outstation.device.batch_parts.batch_part import Batch, BatchPart
 from outstation.device.bootstrap import tasks
 from outstation.device.bootstrap.device import open_message_log, open_store
 from outstation.device.bundles import history, overrides
@@ -333,17 +334,11 @@ def test_the_daemon_that_is_killed_while_a_confined_model_runs_blames_no_bundle(
     seen: list[object] = []
     task = confined.daemon._scheduled_tasks[0].task
 
-    class Looking:
-        def before_commit(self, *_: object) -> None:
+    class Looking(BatchPart):
+        def confirm(self, batch: Batch) -> None:
             seen.append(CrashMarker(confined.conf.data_dir).previous)
 
-        def save_progress(self, *_: object) -> None:
-            pass
-
-        def after_commit(self, *_: object) -> None:
-            pass
-
-    task.batch_observer = Looking()
+    task.attach(Looking())
     confined.daemon._run_batches(confined.daemon._scheduled_tasks[0], NOW)
     assert seen == [None]
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from outstation.device import config
+from outstation.device.batch_parts.joined_streams import JoinedPosition
 from outstation.device.capacity import space
 from outstation.device.capacity.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
 from outstation.device.capacity.space import SpaceManager
 from outstation.device.config.config import Config
-from outstation.device.pipeline.joined_streams import JoinedPosition
 from outstation.device.recovery.open import open_store
 from outstation.device.store import predictions, retention, task_keys
 from outstation.device.store.message_log import MessageLog

@@ -42,6 +42,8 @@ Floats = NDArray[np.float32]
 
 Make = Callable[..., Device]
 
+FAST = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
+
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
@@ -221,7 +223,7 @@ def test_long_labels_in_any_script_do_not_make_a_message_too_large(make: Make, l
     manifest = device.active.bundle.manifest
     output = msgspec.structs.replace(manifest.output, labels=[label, f"{label[:-1]}2", f"{label[:-1]}3"])
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, output=output))
-    device.task = msgspec.structs.replace(device.task, bundle=bundle, drift_monitor=None, drift_state=None)
+    device.assemble(None, bundle)
     device.feed(CLASSIFY.rows(200))
     device.run_all()
     results = device.results()
@@ -232,11 +234,9 @@ def test_long_labels_in_any_script_do_not_make_a_message_too_large(make: Make, l
 def test_names_of_the_greatest_length_leave_room_for_results(make: Make) -> None:
     device = make(max_bytes=4_000)
     name = "n" * 64
-    device.task.name = name
     device.author = replace(device.author, fleet=name, device="pi-07")
     manifest = msgspec.structs.replace(device.active.bundle.manifest, name=name, version="v" * 64)
-    device.task.bundle = replace(device.active.bundle, manifest=manifest)
-    device.task.drift_monitor = None
+    device.assemble(None, replace(device.active.bundle, manifest=manifest), name=name)
     device.feed(CLASSIFY.rows(60))
     device.run_all()
     assert columns(device.results())["row"] == list(range(1, 61))
@@ -410,7 +410,7 @@ def test_a_batch_that_dies_at_any_write_leaves_nothing_and_is_done_again(
     device = make(max_bytes=4_000)
     device.feed(CLASSIFY.rows(100))
     before, writes = snapshot(device), 0
-    drift = device.task.drift_state
+    drift = device.drift.state
 
     def dying(write: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
@@ -429,7 +429,7 @@ def test_a_batch_that_dies_at_any_write_leaves_nothing_and_is_done_again(
             device.run()
     assert writes == at
     assert snapshot(device) == before
-    assert device.task.drift_state is drift
+    assert device.drift.state is drift
     device.run_all()
     assert columns(device.results())["row"] == list(range(1, 101))
 
@@ -565,9 +565,10 @@ def test_a_batch_takes_whole_windows_and_no_more_than_memory_holds(
     manifest = device.active.bundle.manifest
     spec = msgspec.structs.replace(manifest.input, window=window)
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, input=spec))
-    task = msgspec.structs.replace(device.task, bundle=bundle, drift_state=None)
-    assert task.max_batch_rows(3 << 20) == rows
-    assert task.max_batch_rows(1000) >= task.window_rows
+    device.assemble(None, bundle)
+    task = device.task
+    assert task.size.max_rows(3 << 20) == rows
+    assert task.size.max_rows(1000) >= task.window_rows
 
 
 def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
@@ -604,18 +605,16 @@ def test_a_batch_of_a_backlog_ends_where_a_drift_window_does_and_takes_a_small_r
     device.run_all()
     device.feed(CLASSIFY.rows(1000))
     assert [entry.rows for entry in device.run_all()] == [493, 507]
-    assert device.task.drift_state is not None
-    assert device.task.drift_state.open_summary.model_windows == 1007 % 20
+    assert device.drift.state.open_summary.model_windows == 1007 % 20
 
 
 @pytest.mark.parametrize("drift_window", [2, 50])
 def test_thousands_of_single_row_results_fit_a_transaction(make: Make, drift_window: int) -> None:
-    device = make(replace(CLASSIFY, drift_window=drift_window))
-    device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    device = make(replace(CLASSIFY, drift_window=drift_window), tuning=FAST)
     rows = np.random.default_rng(1).normal(0, 1000, (6000, 4)).astype(np.float32)
     for part in np.split(rows, 6):
         device.feed(part)
-    at_once = device.task.max_batch_rows(device.store.quota.transaction_bytes)
+    at_once = device.task.size.max_rows(device.store.quota.transaction_bytes)
     assert 400 < at_once < 6000
     assert at_once % drift_window == 0
     done = device.run_all()
@@ -628,17 +627,16 @@ def test_thousands_of_single_row_results_fit_a_transaction(make: Make, drift_win
 def test_batches_are_planned_by_the_bytes_of_the_last_one_and_smaller_ones_follow_when_alerts_grow(
     make: Make,
 ) -> None:
-    device = make(replace(CLASSIFY, drift_window=2))
-    device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    device = make(replace(CLASSIFY, drift_window=2), tuning=FAST)
     room = device.store.quota.transaction_bytes
-    guessed = device.task.max_batch_rows(room)
+    guessed = device.task.size.max_rows(room)
     for part in np.split(CLASSIFY.rows(3000), 3):
         device.feed(part)
     device.run_all()
-    planned = device.task.max_batch_rows(room)
+    planned = device.task.size.max_rows(room)
     assert planned > guessed
     # Every window is as large as it can be: the batch that does not fit is cut, and none of its rows is lost.
-    device.task.window_bytes = 1
+    device.task.size.window_bytes = 1
     for part in np.split(np.random.default_rng(1).normal(0, 1000, (2000, 4)).astype(np.float32), 2):
         device.feed(part)
     done = device.run_all()
@@ -648,18 +646,17 @@ def test_batches_are_planned_by_the_bytes_of_the_last_one_and_smaller_ones_follo
 
 
 def test_a_full_store_is_processed_in_smaller_batches(make: Make) -> None:
-    device = make(max_size=2 << 20)
-    device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    device = make(max_size=2 << 20, tuning=FAST)
     rows = 0
     with contextlib.suppress(StorageFull):
         while True:
             device.feed(CLASSIFY.rows(500))
             rows += 500
-    at_once = device.task.max_batch_rows(device.store.quota.transaction_bytes)
+    at_once = device.task.size.max_rows(device.store.quota.transaction_bytes)
     first = device.run()
     assert first is not None
     assert 0 < first.rows < at_once
-    assert device.task.batch_divisor > 1
+    assert device.task.size.divisor > 1
     assert tiles(device.results()) == (1, first.rows)
 
 

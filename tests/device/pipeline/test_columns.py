@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outstation.device.pipeline import columns
-from outstation.device.pipeline.columns import encode_labels, encode_runs, encode_times
+from outstation.device.batch_parts import columns
+from outstation.device.batch_parts.columns import encode_labels, encode_runs, encode_times
 from outstation.ml.model.inference.scores import Labels, Scores
 from outstation.protocol.wire.messages import ResultColumns
 from outstation.protocol.wire.runs import JitteredTimes, LabelRun

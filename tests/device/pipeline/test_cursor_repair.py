@@ -18,6 +18,7 @@ from outstation.device.daemon import Daemon
 from outstation.device.pipeline import cursor_repair
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.store.store import Store
+from outstation.ml.drift.state import DriftState
 from tests.device.pipeline.test_relearn import NOW, Site, work
 
 PAGE = 4096
@@ -42,10 +43,15 @@ def loaded(site: Site, store: Store) -> LoadedTask:
     return tasks.load_task(site.file, site.conf, store, "exercise")
 
 
+def drift_of(task: LoadedTask) -> DriftState:
+    assert task.drift is not None
+    return task.drift.state
+
+
 def test_a_cursor_behind_the_drift_state_is_repaired_once_with_an_alert(site: Site) -> None:
     store = site.open()
     used = work(site, store, 2)
-    assert used.drift_state is not None
+    assert used.drift is not None
     true = store.cursor("exercise")
     assert true is not None
     with store.transaction() as tx:
@@ -74,18 +80,16 @@ def test_a_cursor_where_batches_leave_it_is_left_alone(site: Site) -> None:
 
 def test_where_rows_are_numbered_from_anew_the_judge_takes_them(site: Site) -> None:
     store = site.open()
-    seen = work(site, store, 2).drift_state
-    assert seen is not None
+    seen = drift_of(work(site, store, 2))
     with store.transaction() as tx:
         tx.connection.execute("UPDATE streams SET next_row = 1")
         tx.connection.execute("DELETE FROM chunks")
         tx.connection.execute("DELETE FROM cursors")
     task, author = loaded(site, store), open_message_log(site.file, site.conf, store)
     assert cursor_repair.repair_cursor(task, store, author, NOW)
-    assert task.drift_state is not None
-    assert (task.drift_state.last_counted_row, task.drift_state.index) == (-1, seen.index)
-    after = work(site, store, 1).drift_state
-    assert after is not None
+    assert task.drift is not None
+    assert (task.drift.state.last_counted_row, task.drift.state.index) == (-1, seen.index)
+    after = drift_of(work(site, store, 1))
     assert after.last_counted_row > 1000
     store.close()
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from outstation.device.batch_parts import deadline
+from outstation.device.batch_parts.deadline import Deadline
 from outstation.device.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
 from outstation.device.bootstrap.tasks import load_task
 from outstation.device.health import build_body
-from outstation.device.pipeline import batch, deadline
-from outstation.device.pipeline.deadline import Deadline
+from outstation.device.pipeline import batch
 from outstation.device.store.rows import Rows
 from outstation.foundation.cli.commands import cli
 from outstation.foundation.errors import StorageFull
@@ -40,6 +41,13 @@ def deadline_alerts(device: Device) -> list[tuple[str, str, str]]:
     return [(b.id, b.state, b.severity) for b in bodies if isinstance(b, AlertPayload) and b.subject == "deadline"]
 
 
+def limit(device: Device, seconds: float | None) -> Deadline:
+    """Give the task another deadline."""
+    (deadline,) = (part for part in device.task.parts if isinstance(part, Deadline))
+    deadline.seconds = seconds
+    return deadline
+
+
 @pytest.fixture
 def took(device: Device) -> Callable[..., None]:
     """Return a function that records a batch of the device's task."""
@@ -51,7 +59,7 @@ def took(device: Device) -> Callable[..., None]:
 
 
 def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: Device) -> None:
-    device.task.deadline = Deadline("tiny", ALWAYS_LATE)
+    limit(device, ALWAYS_LATE)
     device.feed(CLASSIFY.rows(600))
     done = device.run_all()
     assert [entry.windows for entry in done][:2] == [500, 1]
@@ -63,7 +71,7 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
 
 
 def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Device) -> None:
-    device.task.deadline = Deadline("tiny", NEVER_LATE)
+    limit(device, NEVER_LATE)
     device.feed(CLASSIFY.rows(1100))
     assert [entry.windows for entry in device.run_all()] == [500, 500, 100]
     shown = deadline.to_status(device.store, device.store.counters(), "tiny", NEVER_LATE)["deadline"]
@@ -71,24 +79,22 @@ def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Dev
 
 
 def test_a_run_may_wait_for_four_drift_windows_but_not_with_a_short_deadline(device: Device) -> None:
-    assert device.task.drift_state is not None
-    window = device.task.drift_state.window
-    assert device.task.rows_to_gather == 4 * window
+    window = device.drift.state.window
+    assert device.task.size.rows_to_gather == 4 * window
     device.feed(CLASSIFY.rows(7))
     device.run_all()
-    assert device.task.rows_to_gather == 4 * window - 7
-    device.task.deadline = Deadline("tiny", 0.5)
-    assert device.task.rows_to_gather == 0
-    device.task.drift_state = None
-    device.task.deadline = Deadline("tiny", None)
-    assert device.task.rows_to_gather == 0
+    assert device.task.size.rows_to_gather == 4 * window - 7
+    limit(device, 0.5)
+    assert device.task.size.rows_to_gather == 0
+    device.assemble(None)
+    assert device.task.size.rows_to_gather == 0
 
 
 def test_the_batch_after_a_late_one_is_expected_to_be_on_time(device: Device, took: Callable[..., None]) -> None:
-    limit = device.task.deadline = Deadline("tiny", 1.0)
-    took(limit, 2.0, 100)
-    assert limit.max_windows == 40
-    assert device.task.max_batch_rows(3 << 20) == 40
+    shorter = limit(device, 1.0)
+    took(shorter, 2.0, 100)
+    assert shorter.max_windows == 40
+    assert device.task.size.max_rows(3 << 20) == 40
 
 
 def test_batches_grow_again_as_far_as_they_are_on_time(took: Callable[..., None]) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from outstation.device.pipeline import drift_state
-from outstation.device.pipeline.drift_state import RestoredDrift
+from outstation.device.batch_parts import drift_state
+from outstation.device.batch_parts.drift_state import RestoredDrift
 from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store

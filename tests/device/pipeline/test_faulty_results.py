@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from outstation.device.pipeline.batch_messages import find_faulty_fields
+from outstation.device.batch_parts.drift_part import find_faulty_fields
 from outstation.ml.drift import DriftMonitor, MonitorSettings
 from tests.kit.machine import LABELS, LEARN, WINDOW, feed, readings, reference
 
@@ -19,4 +19,4 @@ def test_the_fields_with_a_fault_while_results_were_computed_are_named() -> None
     repaired, windows = feed(monitor, faulty, readings(5, 5))
     # The batch began while the alert was open.
     assert find_faulty_fields((faulty, repaired), windows) == ["z"]
-    assert find_faulty_fields((repaired, None), []) == []
+    assert find_faulty_fields((repaired,), []) == []

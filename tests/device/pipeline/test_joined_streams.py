@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from outstation.device import config
+from outstation.device.batch_parts import joined_streams
+from outstation.device.batch_parts.joined_streams import JoinedStream, JoinedWait, load_positions
+from outstation.device.batch_parts.task_plan import TaskPlan
+from outstation.device.bootstrap.assembly import assemble_task
 from outstation.device.cli.owner.disclose import build_disclosure
 from outstation.device.cli.status import _format_joined
-from outstation.device.pipeline import joined_streams
-from outstation.device.pipeline.joined_streams import JoinedStream, JoinedWait, load_positions
-from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.rollout import shadow_windows
 from outstation.device.rollout.shadow import ShadowRunner
 from outstation.device.store import task_keys
@@ -160,7 +161,7 @@ def test_more_joined_rows_between_periods_than_memory_holds_do_not_stop_the_task
 ) -> None:
     monkeypatch.setattr(joined_streams, "_MAX_ROWS", 200)
     monkeypatch.setattr(joined_streams, "_READ_ROWS", 50)
-    assert device.task.joined_reader is not None
+    assert device.task.joined is not None
     inference = device.task.inference
     spec = msgspec.structs.replace(inference.manifest.joined["weather"], period_s=0.9)
     inference.manifest = msgspec.structs.replace(inference.manifest, inputs={"weather": spec})
@@ -173,13 +174,13 @@ def test_more_joined_rows_between_periods_than_memory_holds_do_not_stop_the_task
     done = 0
     while done < len(cut.starts):
         rest = WindowCut(cut.starts[done:], cut.consumed)
-        joined = device.task.joined_reader.join(device.store, rest, t, 1, NOW)
+        joined = device.task.joined.reader.join(device.store, rest, t, 1, NOW)
         count = len(joined.cut.starts)
         assert count
         assert joined.cut.joined is not None
         assert whole.joined is not None
         np.testing.assert_array_equal(joined.cut.joined.values, whole.joined.values[done : done + count])
-        device.task.joined_reader.confirm(joined)
+        device.task.joined.reader.confirm(joined)
         done += count
 
 
@@ -206,8 +207,8 @@ def test_a_position_holds_for_its_stream_bundle_and_row_numbers_only(device: Dev
             tx.save_state("tiny", task_keys.JOINED_ROWS, msgspec.json.encode({"weather": other}))
         device.restart()
         t = T0 + 302_500_000 + np.arange(WINDOW) * STEP_US
-        assert device.task.joined_reader is not None
-        joined = device.task.joined_reader.join(device.store, WindowCut(np.array([0]), WINDOW), t, 1)
+        assert device.task.joined is not None
+        joined = device.task.joined.reader.join(device.store, WindowCut(np.array([0]), WINDOW), t, 1)
         assert joined.cut.joined is not None
         assert joined.cut.joined.missing.tolist() == [0]
 
@@ -250,8 +251,8 @@ def test_rows_without_a_value_are_not_read_again_for_ever(device: Device) -> Non
 def runner(device: Device) -> ShadowRunner:
     """Return the shadow evaluation of the same bundle, in this process."""
     bundle = msgspec.structs.replace(device.active.bundle, digest="sha256:other")
-    other = LoadedTask(
-        *("tiny", device.task.config, device.stream, bundle, device.active.model, None, None, "sha256:c"),
+    other = assemble_task(
+        TaskPlan.from_bundle("tiny", device.task.config, device.stream, bundle, device.active.model, "sha256:c"),
         joined_streams=device.joined_streams,
     )
     return ShadowRunner(device.task, other, "better", device.store, 1)
@@ -259,7 +260,7 @@ def runner(device: Device) -> ShadowRunner:
 
 def test_a_shadow_joins_the_windows_that_the_task_joins(device: Device, runner: ShadowRunner) -> None:
     observed: list[tuple[RowBatch, InferenceResult]] = []
-    device.task.batch_observer = Recorder(observed)
+    device.task.attach(Recorder(observed))
     feed_weather(device, waves(60, seed=4)[:, 0].copy(), 0)
     for _ in range(4):
         device.feed(waves(200))

@@ -14,6 +14,10 @@ from msgspec import UNSET, structs
 from msgspec.structs import replace
 
 from outstation.device import config, status
+from outstation.device.batch_parts.drift_state import RestoredDrift
+from outstation.device.batch_parts.task_plan import TaskPlan
+from outstation.device.batch_parts.window_part import list_contradicted
+from outstation.device.bootstrap.assembly import assemble_task
 from outstation.device.intake import labels
 from outstation.device.own_messages import OwnMessages
 from outstation.device.pipeline import batch, label_metrics, labelled_output
@@ -32,6 +36,7 @@ from outstation.foundation.errors import StorageFull
 from outstation.ml.drift.monitor import DriftMonitor
 from outstation.ml.drift.monitor_settings import MonitorSettings
 from outstation.ml.model.activation import LoadedBundle
+from outstation.ml.model.bundle.bundle import Bundle
 from outstation.ml.performance import degradation
 from outstation.ml.performance import labels as truth
 from outstation.ml.performance.labels import LabelSchema
@@ -79,9 +84,13 @@ class Device:
         chosen = config.TaskConfig(
             stream="watch", bundle="tiny", slices=["site", config.BinnedField(field="a", edges=[0.0])]
         )
-        bundle, model = self.active.bundle, self.active.model
-        self.task = LoadedTask("tiny", chosen, self.stream, bundle, model, judge, judge.start(), "sha256:c")
+        self.task_config = chosen
+        self.assemble(self.active.bundle, RestoredDrift(judge, judge.start()))
         self.author = MessageLog("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
+
+    def assemble(self, bundle: Bundle, drift: RestoredDrift) -> None:
+        plan = TaskPlan.from_bundle("tiny", self.task_config, self.stream, bundle, self.active.model, "sha256:c")
+        self.task = assemble_task(plan, drift)
 
     @property
     def now(self) -> ClockReading:
@@ -390,7 +399,8 @@ def test_another_bundle_starts_anew(make: Make) -> None:
     device.turn()
     assert {entry.state for entry in device.alerts()} == {"raised"}
     bundle = replace(device.task.bundle, digest="sha256:" + "0" * 64)
-    device.task = msgspec.structs.replace(device.task, bundle=bundle)
+    assert device.task.drift is not None
+    device.assemble(bundle, device.task.drift.to_restored())
     device.feed(100)
     device.label(range(401, 451), right)
     device.turn()
@@ -686,7 +696,8 @@ def test_a_bundle_makes_the_least_count_stricter_and_never_laxer(make: Make) -> 
     for own, bundle, expected in ((10, UNSET, 10), (10, 4, 10), (10, 30, 30), (1, 5, 5)):
         manifest = device.task.bundle.manifest
         drift = replace(manifest.drift, min_count=bundle)
-        device.task.bundle = replace(device.task.bundle, manifest=replace(manifest, drift=drift))
+        stricter = replace(device.task.bundle, manifest=replace(manifest, drift=drift))
+        device.task = msgspec.structs.replace(device.task, bundle=stricter)
         device.author.min_count = own
         device.turn()
         assert device.author.least_count("tiny") == expected
@@ -799,7 +810,7 @@ def test_a_flood_without_an_author_changes_no_alert_of_authenticated_labels(make
         device.label([rows[0] - 300], right, source="model", by="loop")
         device.turn()
     assert [(alert.subject, alert.state) for alert in device.alerts()] == raised
-    assert "" not in label_metrics.list_contradicted(device.task, device.store)
+    assert "" not in list_contradicted(device.task, device.store)
 
 
 def test_alerts_that_the_owner_keeps_leave_neither_to_home_assistant_nor_in_a_report(make: Make) -> None:

@@ -10,18 +10,22 @@ import pytest
 from msgspec.structs import replace
 
 from outstation.device import metrics, status
+from outstation.device.batch_parts.batch_part import Batch
+from outstation.device.batch_parts.label_part import LabelPart
 from outstation.device.bundles import history
 from outstation.device.capacity.space import SpaceManager
 from outstation.device.config.config import Config
 from outstation.device.config.device import BufferConfig, DeviceConfig
 from outstation.device.intake import labels as intake
-from outstation.device.pipeline import batch, label_metrics, labelled_output
+from outstation.device.pipeline import label_metrics, labelled_output
 from outstation.device.store import labels as label_store
 from outstation.device.store import predictions
+from outstation.device.store.message_log import PendingMessage
 from outstation.device.store.predictions import output_key
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.quantities import Duration
 from outstation.ml.model.bundle.bundle import Bundle
+from outstation.ml.model.inference.inference import InferenceResult
 from outstation.ml.performance.labels import parse_label
 from outstation.protocol.alerts import kinds
 from outstation.protocol.wire.messages import AlertPayload, AuditPayload, DriftPayload, QualityPayload
@@ -182,7 +186,8 @@ def drop_wear(device: Device) -> None:
     """Run a bundle without the output `wear`."""
     manifest = device.task.bundle.manifest
     further = {"flags": manifest.further["flags"]}
-    device.task.bundle = replace(device.task.bundle, manifest=replace(manifest, outputs=further), digest="sha256:next")
+    bundle = replace(device.task.bundle, manifest=replace(manifest, outputs=further), digest="sha256:next")
+    device.assemble(None if device.task.drift is None else device.task.drift.to_restored(), bundle)
 
 
 def test_early_labels_of_an_output_that_the_bundle_dropped_give_up_their_places(
@@ -299,8 +304,7 @@ def erring(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
 
 
 def expected_mae(device: Device) -> float:
-    assert device.task.drift_monitor is not None
-    return device.task.drift_monitor.shipped.error_references["wear"].mean
+    return device.drift.monitor.shipped.error_references["wear"].mean
 
 
 def test_labels_of_a_number_give_the_error_to_expect_and_the_true_one_of_the_same_results(erring: Device) -> None:
@@ -334,7 +338,13 @@ def test_an_error_to_expect_that_labels_contradict_says_so(erring: Device) -> No
 def test_no_error_is_expected_of_results_that_an_earlier_version_stored(
     erring: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "_allocate_error_bins", lambda *_: {})
+    real = LabelPart.compute
+
+    def forget(part: LabelPart, batch: Batch, results: InferenceResult) -> Iterable[PendingMessage]:
+        batch.error_bins = {}
+        return real(part, batch, results)
+
+    monkeypatch.setattr(LabelPart, "compute", forget)
     multi_output_device.feed(erring, 1, 600)
     monkeypatch.undo()
     multi_output_device.feed(erring, 2, 600)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from outstation.device.pipeline import drift_state
+from outstation.device.batch_parts import drift_state
 from outstation.device.recovery.open import open_store
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store

@@ -63,29 +63,29 @@ def test_messages_are_those_of_one_core(make: Make, recipe: Recipe, monkeypatch:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     alone = make(recipe)
     assert alone.run_all() == results
-    assert alone.task.started is None
+    assert alone.task.lookahead.started is None
     assert bodies(concurrent) == bodies(alone)
 
 
 def test_the_next_batch_is_started_until_the_backlog_ends(make: Make) -> None:
     device, started = make(CLASSIFY), []
     while device.run() is not None:
-        started.append(device.task.started is not None)
+        started.append(device.task.lookahead.started is not None)
     assert started == [True, True, True, False]
 
 
 def test_no_batch_is_started_ahead_while_a_hot_machine_rests(make: Make) -> None:
     device = make(CLASSIFY)
-    device.task.is_pipelined = False
+    device.task.lookahead.is_allowed = False
     while device.run() is not None:
-        assert device.task.started is None
+        assert device.task.lookahead.started is None
 
 
 def test_a_started_batch_of_deleted_rows_has_no_results(make: Make) -> None:
     device = make(CLASSIFY)
     device.feed(CLASSIFY.rows(BATCH))
     device.run()
-    started = device.task.started
+    started = device.task.lookahead.started
     assert started is not None
     with device.store.transaction() as tx:
         tx._db.execute("DELETE FROM chunks WHERE first_row = 1")
@@ -163,7 +163,7 @@ def test_each_message_commits_to_its_own_rows(make: Make, predicted: int) -> Non
     """Rows of the batch are committed to before its results show how many messages they take."""
     device = make(CLASSIFY)
     device.author.max_bytes = 8_000
-    device.task.results_per_message = predicted
+    device.task.results.results_per_message = predicted
     device.run()
     messages, log = device.results(), device.author
     assert len(messages) > 1
@@ -180,7 +180,7 @@ def test_each_message_commits_to_its_own_rows(make: Make, predicted: int) -> Non
 def test_a_started_batch_that_is_too_large_by_now_is_read_again(make: Make) -> None:
     device = make(CLASSIFY)
     device.run()
-    device.task.batch_divisor = 8
+    device.task.size.divisor = 8
     done = device.run()
     assert done is not None
     assert done.rows < BATCH // 4

@@ -17,6 +17,7 @@ from outstation.__main__ import main
 from outstation.device.bundles import history
 from outstation.device.bundles.quarantine import CrashMarker, CrashRecord
 from outstation.device.bundles.rollout_state import find_canary_digest as on_probation_now
+from outstation.device.rollout.canary import CanaryRun
 from outstation.device.rollout.shadow import ShadowState
 from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog
@@ -101,10 +102,10 @@ def test_a_shadow_ends_when_the_device_is_no_longer_selected(site: Site) -> None
     site.desire("2", "shadow")
     site.until_phase("shadow")
     task = site.daemon._scheduled_tasks[0].task
-    site.until(lambda: task.batch_observer is not None, "it answers beside")
+    site.until(lambda: any(isinstance(part, CanaryRun) for part in task.parts), "it answers beside")
     site.desire("2", "shadow", percent=0.0)
     assert site.phase == "not_selected"
-    assert task.batch_observer is None
+    assert not any(isinstance(part, CanaryRun) for part in task.parts)
     assert site.daemon._updater.rollouts._rollouts["sort"].canary is None
 
 
@@ -206,7 +207,8 @@ def test_a_crashing_shadow_is_rejected_and_delays_no_batch(site: Site) -> None:
     assert site.standing is not None
     assert "crashed" in site.standing.detail
     assert site.batch() == "1"
-    assert site.daemon._scheduled_tasks[0].task.batch_observer is None
+    parts = site.daemon._scheduled_tasks[0].task.parts
+    assert not any(isinstance(part, CanaryRun) for part in parts)
 
 
 def test_the_previous_bundle_is_the_shadow_of_a_canary(site: Site) -> None:
@@ -438,9 +440,9 @@ def test_a_rollback_right_after_a_start_ends_the_canary(site: Site) -> None:
 
 
 def drift_of(site: Site) -> DriftState:
-    state = site.daemon._scheduled_tasks[0].task.drift_state
-    assert state is not None
-    return state
+    drift = site.daemon._scheduled_tasks[0].task.drift
+    assert drift is not None
+    return drift.state
 
 
 def with_alerts_of_canary(site: Site, count: int) -> None:
@@ -566,9 +568,9 @@ def test_a_rollback_keeps_what_the_site_had_learned(site: Site) -> None:
     site.crash()
     assert site.batch(wild=True) == "1"
     task = site.daemon._scheduled_tasks[0].task
-    assert task.drift_state is not None
-    assert task.drift_state.site_reference is not None
-    assert task.drift_state.site_reference.digest == before == learned(site)
+    assert task.drift is not None
+    assert task.drift.state.site_reference is not None
+    assert task.drift.state.site_reference.digest == before == learned(site)
     site.batch()
     site.crash()
     assert (learned(site), resets(site)) == (before, 0)

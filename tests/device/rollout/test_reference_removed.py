@@ -49,8 +49,8 @@ def test_a_config_change_to_a_bundle_without_a_reference_clears_what_is_open(tmp
 
     device.active = active
     device.restart()
-    assert device.task.drift_state is not None
-    assert device.task.drift_state.site_reference is None
+    assert device.task.drift is not None
+    assert device.task.drift.state.site_reference is None
     break_field(device)
     again = [alert_id for alert_id, state in alerts(device) if state == "raised"]
     assert len(again) == len(set(again)) > len(raised), "no id is used twice"

@@ -194,8 +194,8 @@ def know_the_site(site: Site, small: int = 0) -> None:
 
 def is_alarmed(site: Site) -> bool:
     """Return True if the active bundle has an open alert on the drift of predictions or scores."""
-    state = site.daemon._scheduled_tasks[0].task.drift_state
-    return state is not None and bool(state.suite.open_subjects[-3:-1].any())
+    drift = site.daemon._scheduled_tasks[0].task.drift
+    return drift is not None and bool(drift.state.suite.open_subjects[-3:-1].any())
 
 
 def test_output_drift_of_the_canary_alone_rolls_it_back(site: Site) -> None:

@@ -213,7 +213,7 @@ def test_a_shadow_hang_delays_no_batch_and_is_counted(make: Make) -> None:
 
 def test_any_other_shadow_error_is_counted(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     pair = make(good())
-    pair.runner.other.input_columns = [99]
+    pair.runner.other = msgspec.structs.replace(pair.runner.other, input_columns=[99])
     pair.batch(CALM[:20], wait=False)
     assert [(message.errors, message.n) for message in pair.shadows()] == [(1, 0)]
     assert "shadow tiny" in caplog.text
@@ -234,8 +234,8 @@ def test_the_old_bundle_in_this_process_can_be_the_shadow(make: Make) -> None:
 
 def test_a_shadow_in_this_process_gets_one_second_of_windows(make: Make) -> None:
     pair = make(good())
-    old, new = pair.device.task, pair.task
-    old.tuning = Tuning("", "", "", 32, 1, rows_per_s=30.0)
+    new, tuning = pair.task, Tuning("", "", "", 32, 1, rows_per_s=30.0)
+    old = msgspec.structs.replace(pair.device.task, tuning=tuning)
     pair.device.task = new
     pair.runner = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
@@ -483,7 +483,7 @@ def test_after_a_model_crash_another_model_runs_the_same_rows(make: Make) -> Non
         device.run()
     assert device.store.cursor("tiny") == 20
     assert len(device.messages()) == before
-    assert device.task.batch_divisor == 1
+    assert device.task.size.divisor == 1
     device.task = old
     done = device.run()
     assert done is not None
@@ -496,7 +496,7 @@ def test_after_a_model_crash_another_model_runs_the_same_rows(make: Make) -> Non
 
 def test_a_subprocess_model_gives_the_same_answers(make: Make) -> None:
     pair = make(named(activated(CLASSIFY).bundle, "c"))
-    pair.device.task = msgspec.structs.replace(pair.task, batch_observer=None)
+    pair.device.task = pair.task
     pair.device.feed(CALM)
     pair.device.run_all()
     here = activated(CLASSIFY).model.invoke(CALM).argmax(axis=1)

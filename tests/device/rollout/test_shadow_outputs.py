@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from outstation.device.pipeline.loaded_task import LoadedTask
+from outstation.device.batch_parts.task_plan import TaskPlan
+from outstation.device.bootstrap.assembly import assemble_task
 from outstation.device.rollout import shadow
 from outstation.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
 from outstation.device.rollout.shadow_windows import EstimateBasis, select_estimate_bases
@@ -37,9 +38,11 @@ from tests.kit.shadow_devices import Recorder
 
 def make_runner(device: Device, other: Bundle) -> ShadowRunner:
     """Return the shadow evaluation of another bundle with the same model, in this process."""
-    task = LoadedTask(
-        *("tiny", device.task.config, device.stream, replace(other, digest="sha256:other")),
-        *(device.active.model, None, None, "sha256:c"),
+    task = assemble_task(
+        TaskPlan.from_bundle(
+            *("tiny", device.task.config, device.stream, replace(other, digest="sha256:other")),
+            *(device.active.model, "sha256:c"),
+        ),
         joined_streams=device.joined_streams,
     )
     return ShadowRunner(device.task, task, "better", device.store, 1)
@@ -47,7 +50,7 @@ def make_runner(device: Device, other: Bundle) -> ShadowRunner:
 
 def submit(device: Device, runner: ShadowRunner, seed: int = 3, count: int = 400) -> None:
     observed: list[Any] = []
-    device.task.batch_observer = Recorder(observed)
+    device.task.attach(Recorder(observed))
     multi_output_device.feed(device, seed, count)
     for batch, answers in observed:
         runner.submit_batch(device.store, batch, answers)
@@ -165,7 +168,8 @@ def test_an_output_that_the_other_bundle_dropped_is_undecided(
 
     monkeypatch.setattr(shadow, "scores", SimpleNamespace(from_outputs=drop))
     manifest = msgspec.structs.replace(packed.manifest, outputs=msgspec.UNSET)
-    runner.other.bundle = replace(runner.other.bundle, manifest=manifest)
+    bundle = replace(runner.other.bundle, manifest=manifest)
+    runner.other = msgspec.structs.replace(runner.other, bundle=bundle)
     submit(outputs_device, runner)
     report(outputs_device, runner)
     limits = CanaryRules(min_agreement=0.9)
@@ -214,13 +218,15 @@ def test_an_output_with_held_out_errors_of_one_bundle_alone_has_no_expected_erro
 def test_expected_errors_of_both_bundles_accompany_the_measured_ones(tmp_path: Path) -> None:
     loaded = activated(REGRESS)
     device = Device(tmp_path / "store", REGRESS, with_errors(loaded, 1.0))
-    other = LoadedTask(
-        *("tiny", device.task.config, device.stream, with_errors(loaded, 1.5).bundle),
-        *(device.active.model, None, None, "sha256:c"),
+    other = assemble_task(
+        TaskPlan.from_bundle(
+            *("tiny", device.task.config, device.stream, with_errors(loaded, 1.5).bundle),
+            *(device.active.model, "sha256:c"),
+        )
     )
     runner = ShadowRunner(device.task, other, "better", device.store, 1)
     observed: list[Any] = []
-    device.task.batch_observer = Recorder(observed)
+    device.task.attach(Recorder(observed))
     for seed in range(12):
         device.feed(REGRESS.rows(100, seed=seed))
         device.run_all()

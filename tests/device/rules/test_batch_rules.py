@@ -341,8 +341,7 @@ def test_results_with_too_much_missing_input_do_not_count_for_a_rule_about_healt
 
 
 def _faulty_drift(device: Device) -> DriftState:
-    state = device.task.drift_state
-    assert state is not None
+    state = device.drift.state
     number = state.faults.number.copy()
     number[0, 0] = 1
     return msgspec.structs.replace(state, faults=msgspec.structs.replace(state.faults, number=number))
@@ -350,7 +349,7 @@ def _faulty_drift(device: Device) -> DriftState:
 
 def test_results_while_a_fault_alert_is_open_do_not_count(make_device: Callable[..., Device]) -> None:
     device = make_device(msgspec.structs.replace(FALL, only_healthy=True))
-    device.task.drift_state = _faulty_drift(device)
+    device.drift.state = _faulty_drift(device)
     device.feed(rows_of("lllll"))
     device.run_all()
     assert states(device) == []
@@ -448,8 +447,8 @@ def test_alerts_of_a_rule_that_fires_all_the_time_stay_within_the_transaction(
     make_device: Callable[..., Device],
 ) -> None:
     device = make_device(AlertRuleConfig(name="x", label="left"), AlertRuleConfig(name="y", label="right"))
-    limit = device.task.max_batch_rows(1 << 20)
-    assert limit < make_device(name="plain").task.max_batch_rows(1 << 20)
+    limit = device.task.size.max_rows(1 << 20)
+    assert limit < make_device(name="plain").task.size.max_rows(1 << 20)
     device.feed(rows_of("l-r-" * 100))
     device.run_all()
     assert len(alerts(device)) == 400

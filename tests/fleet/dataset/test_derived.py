@@ -102,7 +102,7 @@ def run_in_pieces(device: SampledDevice, seed: int, monkeypatch: pytest.MonkeyPa
         device.run_all()
         if random.random() < 0.3:
             device.restart()
-            device.task.samples = samples
+            device.assemble_samples(samples)
         at = end
     device.consent(EXACT, encryption_keys.load_public(device.folder.parent / "home"))  # type: ignore[arg-type]
     return np.concatenate(inputs)

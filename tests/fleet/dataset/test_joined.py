@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from outstation.device import config
+from outstation.device.batch_parts.joined_streams import JoinedStream
 from outstation.device.config.samples import SamplesConfig
-from outstation.device.pipeline.joined_streams import JoinedStream
 from outstation.device.samples import requests
 from outstation.device.samples.rounding import EXACT_DIGITS
 from outstation.device.store.rows import Rows
@@ -103,7 +103,7 @@ def run_in_pieces(device: SampledDevice, seed: int) -> dict[int, bytes]:
     times = np.arange(60) * WEATHER_STEP_US
     times[[12, 20, 21]] -= 2 * WEATHER_STEP_US
     observed: list[tuple[Any, InferenceResult]] = []
-    device.task.batch_observer = Recorder(observed)
+    device.task.attach(Recorder(observed))
     at = air = 0
     while at < len(rows) or air < len(weather):
         if random.random() < 0.6:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outstation.device import config
+from outstation.device.batch_parts import drift_state
+from outstation.device.batch_parts.drift_state import RestoredDrift
+from outstation.device.batch_parts.task_plan import TaskPlan
+from outstation.device.bootstrap.assembly import assemble_task
 from outstation.device.bundles import history, quarantine, rollout_state
 from outstation.device.bundles.quarantine import CrashMarker
 from outstation.device.config import Config
 from outstation.device.machine.timekeeping import make_clock
-from outstation.device.pipeline import drift_state, tuning_cache
-from outstation.device.pipeline.drift_state import RestoredDrift
+from outstation.device.pipeline import tuning_cache
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.rollout import transitions
 from outstation.device.rules import compiler
@@ -39,7 +42,7 @@ from outstation.protocol.wire import keys
 from outstation.protocol.wire.keys import PublicKey
 
 if TYPE_CHECKING:
-    from outstation.device.pipeline.joined_streams import JoinedStream
+    from outstation.device.batch_parts.joined_streams import JoinedStream
 
 # Signature of `activation.activate`; a simulation shares the models of many devices.
 Activate = Callable[..., LoadedBundle]
@@ -138,7 +141,6 @@ def build_task(
         has_other_canary = rollout_state.find_canary_digest(store, name) not in ("", active.bundle.digest)
         restored = drift_state.restore(store, name, monitor, task_keys.SAVED_SUFFIX if has_other_canary else "")
     rules = compiler.compile_rules(str(file), name, task.alerts, active.bundle.manifest, active.model)
-    digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
     sampled, joined_streams = None, _select_joined_streams(conf, name, active.bundle.manifest)
     if conf.samples is not None and conf.samples.covers(name):
         from outstation.device.samples.selection import SampledTask
@@ -146,15 +148,14 @@ def build_task(
         fields = conf.streams[task.stream].fields
         joined = {key: (each.name, each.config.fields) for key, each in joined_streams.items()}
         sampled = SampledTask.from_bundle(conf.samples, (name, task.stream), fields, active.bundle, joined)
-    return LoadedTask(
-        *(name, task, conf.streams[task.stream], active.bundle, active.model),
-        None if restored is None else restored.monitor,
-        None if restored is None else restored.state,
-        digest,
-        keep_results,
-        closing_messages=None if restored is None else restored.messages,
-        unsaved_basis=None if restored is None else restored.basis,
+    plan = TaskPlan.from_bundle(
+        *(name, task, conf.streams[task.stream], active.bundle, active.model, config.digest(conf)),
+        keep_results=conf.buffer.keep_results > 0,
         tuning=active.tuning,
+    )
+    return assemble_task(
+        plan,
+        restored,
         # A model in a process of its own cannot end this one.
         crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
         rules=rules,
@@ -185,7 +186,7 @@ def _select_joined_streams(conf: Config, name: str, manifest: Manifest) -> dict[
     """Return the stream of each further input; without one in the config it is the task's own."""
     if not manifest.joined:
         return {}
-    from outstation.device.pipeline.joined_streams import JoinedStream
+    from outstation.device.batch_parts.joined_streams import JoinedStream
 
     task = conf.tasks[name]
     own = config.JoinedStreamConfig(stream=task.stream)

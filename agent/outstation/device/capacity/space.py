@@ -23,6 +23,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from outstation.device.batch_parts.joined_streams import load_positions
 from outstation.device.capacity.eviction import (
     EVENT,
     EXPIRED,
@@ -32,7 +33,6 @@ from outstation.device.capacity.eviction import (
     declare_readings,
 )
 from outstation.device.config import Config
-from outstation.device.pipeline.joined_streams import load_positions
 from outstation.device.store import retention, task_keys
 from outstation.device.store.labels import label_capacity
 from outstation.device.store.message_log import MessageLog

@@ -264,7 +264,7 @@ def _check_schedule(file: Path, name: str, text: str) -> str | CheckResult:
 
 def _check_bundle(file: Path, conf: Config, name: str) -> str:
     task = tasks.load_task(file, conf, None, name, known_tunings=_load_known_tunings(conf, name))
-    drift = "with drift reference" if task.drift_monitor else "without drift reference: drift is not tested"
+    drift = "with drift reference" if task.drift else "without drift reference: drift is not tested"
     manifest = task.bundle.manifest
     pace = f", {task.tuning}" if task.tuning else ""
     return f"{manifest.name} {manifest.version}, golden vectors right on this CPU{pace}, {drift}"

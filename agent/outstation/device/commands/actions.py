@@ -173,8 +173,8 @@ class TaskActions:
         return self._request_relearn(args["task"], relearn.make_request("accept", 0.0, "from the fleet"))
 
     def _request_relearn(self, task: str, request: RelearnRequest) -> Effect:
-        monitor = self._require_scheduled(task).task.drift_monitor
-        if monitor is None:
+        drift = self._require_scheduled(task).task.drift
+        if drift is None:
             raise RowRejected(f"the bundle of {task} has no drift reference, so drift is not tested")
 
         def write(tx: Transaction) -> None:
@@ -183,9 +183,9 @@ class TaskActions:
         if request.action == "accept":
             return Effect(f"{task} accepts its site reference when it next runs.", {}, write)
         span = f" and {request.duration_s:.0f} s" if request.duration_s else ""
+        least = drift.monitor.settings.learn_windows
         summary = (
-            f"{task} learns its site reference again, from at least {monitor.settings.learn_windows} drift windows"
-            f"{span}, when it next runs."
+            f"{task} learns its site reference again, from at least {least} drift windows{span}, when it next runs."
         )
         return Effect(summary, {}, write)
 

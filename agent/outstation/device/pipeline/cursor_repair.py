@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 
-from outstation.device.pipeline import drift_state
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store
@@ -20,18 +19,19 @@ log = logging.getLogger("outstation")
 
 def repair_cursor(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
     """Move the cursor of `task` forward if it is behind its drift state; return True if it was. Raises StorageError."""
-    if task.drift_monitor is None or task.drift_state is None:
+    drift = task.drift
+    if drift is None:
         return False
-    stream, seen = task.config.stream, task.drift_state.last_counted_row
+    stream, seen = task.config.stream, drift.state.last_counted_row
     cursor = store.cursor(task.name)
     after = store.first_row(stream) - 1 if cursor is None else cursor
     # The last tested window ends at `seen`; where windows overlap, its later rows are not consumed yet.
     through = seen - task.window_rows + min(task.step, task.window_rows)
     if seen < after + task.window_rows:
         return False
-    state, outcome = task.drift_state, f"it continues after row {through}, whose results are in earlier messages"
+    state, outcome = drift.state, f"it continues after row {through}, whose results are in earlier messages"
     if through > store.last_row(stream):
-        state = task.drift_monitor.restart_row_numbers(task.drift_state)
+        state = drift.monitor.restart_row_numbers(drift.state)
         outcome = "row numbers begin again, and it continues with them in a new drift window"
     summary = (
         f"{task.name}: it would have begun after row {after} of {stream}, but its drift detection has seen rows up to "
@@ -39,13 +39,13 @@ def repair_cursor(task: LoadedTask, store: Store, message_log: MessageLog, now: 
     )
     alert = CURSOR_REPAIRED.raised(summary, {"cursor": cursor, "seen": seen}, stream=stream, row=seen)
     with store.transaction() as tx:
-        if state is task.drift_state:
+        if state is drift.state:
             tx.advance_cursor(task.name, through, through)
         else:
-            drift_state.save_task(tx, task, state)
-            message_log.append_all(tx, task.closing_messages or [], now)
+            drift.save_state(tx, state)
+            message_log.append_all(tx, drift.closing_messages or [], now)
         message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
-    if state is not task.drift_state:
-        task.drift_state, task.closing_messages, task.unsaved_basis = state, None, None
+    if state is not drift.state:
+        drift.replace_state(state)
     log.critical("%s", summary)
     return True

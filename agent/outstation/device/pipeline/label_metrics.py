@@ -88,18 +88,6 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
     return alerts
 
 
-def list_contradicted(task: LoadedTask, store: Store) -> frozenset[str]:
-    """Return the outputs whose expected accuracy or error is contradicted by labels at present."""
-    states = {
-        name: store.load_state(output_key(task.name, name), task_keys.LABEL_METRICS)
-        for name in task.bundle.manifest.label_schemas
-    }
-    digest = task.bundle.digest
-    return frozenset(
-        name for name, state in states.items() if state is not None and degradation.contradict_certainty(state, digest)
-    )
-
-
 def _end_outputs(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> int:
     """End the labels' tests and waits of outputs that the bundle does not have; return the number of alerts."""
     count = 0

@@ -130,7 +130,7 @@ class LabelledOutput(msgspec.Struct, frozen=True, eq=False):
 
 def list_outputs(task: LoadedTask) -> list[LabelledOutput]:
     """Return the outputs of a task: the first one, then the further ones by name."""
-    shipped = task.drift_monitor.shipped if task.drift_monitor else None
+    shipped = task.drift.monitor.shipped if task.drift else None
     held_out = {} if shipped is None else list_held_out_scores(shipped)
     errors = {} if shipped is None else shipped.error_references
     return [

@@ -22,15 +22,15 @@ _REST_DIVISOR = 16
 
 
 class PreparedBatch(msgspec.Struct, frozen=True, eq=False):
-    batch: RowBatch
+    rows: RowBatch
     cut: WindowCut
     features: Float32s
     windows: ModelWindows
 
     def start(self, task: LoadedTask) -> StartedBatch:
         """Let the model begin to compute the batch."""
-        with task.crash_guard():
-            return StartedBatch(self.batch, self.cut, self.features, task.inference.start(self.windows))
+        with task.crash.guard():
+            return StartedBatch(self.rows, self.cut, self.features, task.inference.start(self.windows))
 
 
 def prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> PreparedBatch:
@@ -47,11 +47,11 @@ def prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> 
 def prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_rows: int) -> PreparedBatch | None:
     """Prepare the batch after `current` while the model computes that one; None if it has to wait for its turn."""
     # A batch that joins streams waits for their rows.
-    is_backlog = task.is_pipelined and len(current.batch.t) >= max_rows and task.joined_reader is None
+    is_backlog = task.lookahead.is_allowed and len(current.rows.t) >= max_rows and task.joined is None
     if not (is_backlog and task.model.is_concurrent and len(os.sched_getaffinity(0)) > 1):
         return None
-    limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
-    after = current.batch.first + current.cut.consumed - 1
+    limit = task.size.max_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
+    after = current.rows.first + current.cut.consumed - 1
     batch = read_backlog(task, store, after, limit)
     if batch is None or batch.loss_reason:
         return None
@@ -75,8 +75,8 @@ def _with_rest(max_rows: int) -> int:
 
 def take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> StartedBatch | None:
     """Return the batch that was started if it follows row `after`, has at most `max_rows`, and its rows are there."""
-    started, task.started = task.started, None
-    if started is None or started.batch.first != after + 1 or len(started.batch.t) > _with_rest(max_rows):
+    started, task.lookahead.started = task.lookahead.started, None
+    if started is None or started.rows.first != after + 1 or len(started.rows.t) > _with_rest(max_rows):
         return None
     # Evicted rows are declared as lost, and the end of the model's process was not caused by the batch.
     is_lost = store.first_row(task.config.stream) > after + 1 or started.run.run.failure is not None

@@ -16,7 +16,6 @@ from typing import Literal
 
 import msgspec
 
-from outstation.device.pipeline import drift_state
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog, PendingMessage
@@ -98,22 +97,23 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
     if request is None:
         _delete_request(store, task.name)
         return False
-    if task.drift_monitor is None or task.drift_state is None:
+    drift = task.drift
+    if drift is None:
         with store.transaction() as tx:
             _mark_done(tx, task.name, request)
         _delete_request(store, task.name)
         return False
-    old = task.drift_state.site_reference
+    old = drift.state.site_reference
     if request.action == "accept":
-        state, cleared = task.drift_monitor.accept_reference(task.drift_state)
+        state, cleared = drift.monitor.accept_reference(drift.state)
         effect = (
             "later ones are compared with it" if old else "there is none yet, but the sensors are accepted as they are"
         )
         event = "reference accepted"
     else:
-        state, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
+        state, cleared = drift.monitor.relearn(drift.state, request.duration_s)
         event, effect = "reference reset", "it is learned again, and drift is not tested until then"
-    messages = [*(task.closing_messages or ()), *(PendingMessage.from_alert(alert, task.name) for alert in cleared)]
+    messages = [*(drift.closing_messages or ()), *(PendingMessage.from_alert(alert, task.name) for alert in cleared)]
     summary = f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; {effect}."
     evidence = {
         "task": task.name,
@@ -125,10 +125,10 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
     }
     messages.append(PendingMessage.audit(event, summary, evidence))
     with store.transaction() as tx:
-        drift_state.save_task(tx, task, state)
+        drift.save_state(tx, state)
         _mark_done(tx, task.name, request)
         message_log.append_all(tx, messages, now)
-    task.drift_state, task.closing_messages, task.unsaved_basis = state, None, None
+    drift.replace_state(state)
     _delete_request(store, task.name)
     return True
 

@@ -6,18 +6,18 @@ compares the predictions of the two bundles and reports them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import msgspec
 
+from outstation.device.batch_parts.batch_part import Batch, BatchPart
 from outstation.device.bundles.rollout_state import Reason, RolloutState
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.rollout.shadow import ANSWER_TIMEOUT_S, ShadowRunner
 from outstation.device.rollout.state_machine import BundleAssessment
 from outstation.device.store import task_keys
-from outstation.device.store.message_log import MessageLog
-from outstation.device.store.row_batch import RowBatch
+from outstation.device.store.message_log import MessageLog, PendingMessage
 from outstation.device.store.store import Store
 from outstation.device.store.transaction import Transaction
 from outstation.foundation import decoders
@@ -41,8 +41,8 @@ class CanaryProgress(msgspec.Struct, frozen=True):
     errors: int = 0
 
 
-class CanaryRun:
-    """Run of `candidate`, the `batch_observer` of the task that answers.
+class CanaryRun(BatchPart):
+    """Run of `candidate`, a part of the batches of the task that answers.
 
     With `is_serving` the candidate's predictions are the task's results, and `incumbent`, the bundle that runs
     otherwise, is its shadow; else the candidate is the shadow. `incumbent` is None if nothing else runs.
@@ -59,19 +59,20 @@ class CanaryRun:
         self._shadow = self._start_shadow(store)
         self._evaluate_rules()
 
-    def before_commit(self, task: LoadedTask, answers: InferenceResult) -> None:
-        """Count a batch of `task` that is about to be committed."""
-        if self.is_serving and task is not self.candidate:
+    def compute(self, batch: Batch, results: InferenceResult) -> Iterable[PendingMessage]:
+        """Count a batch that is about to be committed."""
+        if self.is_serving and batch.plan is not self.candidate:
             # The candidate failed in this batch, which is counted already.
             self._next_progress = self.progress
-            return
+            return ()
         self._next_progress = msgspec.structs.replace(self.progress, batches=self.progress.batches + 1)
         if self.is_serving:
             limit_s = self.rules.batch_timeout_s
-            if answers.seconds > limit_s:
-                detail = f"the inference of a batch took {answers.seconds:.1f} s, {limit_s:g} s are allowed"
-                numbers = {**self._collect_numbers(), "seconds": round(answers.seconds, 3), "allowed_s": limit_s}
+            if results.seconds > limit_s:
+                detail = f"the inference of a batch took {results.seconds:.1f} s, {limit_s:g} s are allowed"
+                numbers = {**self._collect_numbers(), "seconds": round(results.seconds, 3), "allowed_s": limit_s}
                 self._failure = self._failure or BundleAssessment("batch_timeout", detail, numbers)
+        return ()
 
     def record_failure(self, failure: ModelProcessFailed) -> None:
         """Count a batch that the candidate failed to answer. A crash or a hang ends the run."""
@@ -85,14 +86,16 @@ class CanaryRun:
             detail = f"{errors} of {batches} batches failed, {limit:.1%} allowed: {failure.detail}"
             self._failure = BundleAssessment("error_rate", detail, self._collect_numbers())
 
-    def save_progress(self, tx: Transaction) -> None:
+    def save(self, tx: Transaction, batch: Batch) -> None:
         tx.save_state(self.candidate.name, task_keys.CANARY_PROGRESS, msgspec.json.encode(self._next_progress))
 
-    def after_commit(self, task: LoadedTask, store: Store, batch: RowBatch, answers: InferenceResult) -> None:
-        """Pass the committed batch to the shadow. Raises StorageError."""
+    def confirm(self, batch: Batch) -> None:
         self.progress = self._next_progress
-        if self._shadow is not None and self._shadow.task is task:
-            self._shadow.submit_batch(store, batch, answers)
+
+    def follow(self, batch: Batch, results: InferenceResult) -> None:
+        """Pass the committed batch to the shadow. Raises StorageError."""
+        if self._shadow is not None and self._shadow.task is batch.plan:
+            self._shadow.submit_batch(batch.store, batch.rows, results)
 
     def tick(self, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
         """Report the comparison if it is due; return True if a message was written. Raises StorageError."""
@@ -146,9 +149,10 @@ class CanaryRun:
 
     def _list_drifting_outputs(self) -> list[str]:
         """Return the outputs whose drift alerts count, "" the first one."""
-        state = self.candidate.drift_state
-        if not self.is_serving or not self.rules.output_drift or state is None:
+        drift = self.candidate.drift
+        if not self.is_serving or not self.rules.output_drift or drift is None:
             return []
+        state = drift.state
         answers, score, *further = state.suite.open_subjects[state.suite.task.answers].tolist()
         known = [("", answers or score), *zip((each.name for each in state.suite.task.further), further, strict=True)]
         return [name for name, is_open in known if is_open and not rules.is_ignored(self.rules, name)]

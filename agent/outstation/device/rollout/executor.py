@@ -115,7 +115,9 @@ class RolloutExecutor:
         if canary.incumbent is None:
             return None
         # Rules may tolerate failures. The previous bundle answers this batch, and learns no drift from a single one.
-        return replace(canary.incumbent, drift_monitor=None, drift_state=None, batch_observer=canary)
+        substitute = canary.incumbent.without_drift()
+        substitute.attach(canary)
+        return substitute
 
     def plan_rollback(self, name: str, now: ClockReading) -> Effect | None:
         """Return the effect of an operator's `rollback` while a canary runs; None if none runs."""

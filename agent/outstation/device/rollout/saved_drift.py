@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from outstation.device.pipeline import drift_state
-from outstation.device.pipeline.drift_state import LearningRefusals, RestoredDrift
+from outstation.device.batch_parts import drift_state
+from outstation.device.batch_parts.drift_state import LearningRefusals, RestoredDrift
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog, PendingMessage
@@ -89,7 +89,7 @@ def end_unreferenced(task: LoadedTask, store: Store, message_log: MessageLog, no
 
     Call it where no canary runs. Returns the number of alerts that this clears.
     """
-    if task.drift_monitor is not None or store.load_state(task.name, task_keys.DRIFT_STATE) is None:
+    if task.drift is not None or store.load_state(task.name, task_keys.DRIFT_STATE) is None:
         return 0
     with store.transaction() as tx:
         cleared = _end(tx, message_log, task.name, "", now)
@@ -114,11 +114,9 @@ def _end(tx: Transaction, message_log: MessageLog, task: str, suffix: str, now: 
 
 def take_over(task: LoadedTask, store: Store) -> None:
     """Let the task take over the committed drift state: as a canary, or as the previous bundle after a rollback."""
-    if task.drift_monitor is None:
-        return
-    restored = drift_state.restore(store, task.name, task.drift_monitor.rebase(task.drift_monitor.settings.own))
-    task.drift_monitor, task.drift_state = restored.monitor, restored.state
-    task.closing_messages, task.unsaved_basis = restored.messages, restored.basis
+    if task.drift is not None:
+        monitor = task.drift.monitor
+        task.drift.take_over(drift_state.restore(store, task.name, monitor.rebase(monitor.settings.own)))
 
 
 def begin(tx: Transaction, message_log: MessageLog, task: str, restored: RestoredDrift, now: ClockReading) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from outstation.device.batch_parts.drift_state import RestoredDrift
 from outstation.device.bundles.rollout_state import HoldOff, RolloutState
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.pipeline.tasks import Runtime, ScheduledTask
@@ -106,10 +107,10 @@ class ServingManager:
             rollout.canary.rules = state.desired.rules
             if state.phase == "shadow":
                 task = self.find_task(rollout.name)
-                if task is not None and task.batch_observer is not rollout.canary:
+                if task is not None and rollout.canary not in task.parts:
                     if task is not rollout.canary.incumbent:
                         rollout.canary.replace_incumbent(task, self._store)
-                    task.batch_observer = rollout.canary
+                    task.attach(rollout.canary)
 
     def start_canary(self, rollout: TaskRollout, candidate: LoadedTask, now: ClockReading) -> None:
         """Let the candidate answer from now on, with the previous bundle as its shadow."""
@@ -117,15 +118,16 @@ class ServingManager:
         assert state is not None
         if rollout.canary is not None:
             rollout.canary.finish(self._store, self._message_log, now, final=True)
-        if incumbent is not None:
-            incumbent.batch_observer = None
-        # These were committed with the step.
-        candidate.closing_messages = candidate.unsaved_basis = None
+            if incumbent is not None:
+                incumbent.detach(rollout.canary)
+        if candidate.drift is not None:
+            # Its messages and its basis were committed with the step.
+            candidate.drift.replace_state(candidate.drift.state)
         self._serve_candidate(rollout, candidate, state)
 
     def _serve_candidate(self, rollout: TaskRollout, candidate: LoadedTask, state: RolloutState) -> None:
         rollout.canary = CanaryRun(candidate, self.find_task(rollout.name), state, self._store)
-        candidate.batch_observer = rollout.canary
+        candidate.attach(rollout.canary)
         self.replace_task(rollout.name, candidate)
 
     def finish_canary(self, rollout: TaskRollout, replacement: LoadedTask | None, now: ClockReading) -> None:
@@ -138,11 +140,11 @@ class ServingManager:
             return
         canary.finish(self._store, self._message_log, now, final=True)
         candidate = canary.candidate
-        candidate.batch_observer = None
+        candidate.detach(canary)
         if replacement is not None:
-            replacement.drift_monitor, replacement.drift_state = candidate.drift_monitor, candidate.drift_state
-            replacement.closing_messages = replacement.unsaved_basis = None
-            replacement.last_label = candidate.last_label
+            if replacement.drift is not None and candidate.drift is not None:
+                replacement.drift.take_over(RestoredDrift(candidate.drift.monitor, candidate.drift.state))
+            replacement.results.last_label = candidate.results.last_label
         if rollout.state is not None and rollout.state.phase == "shadow":
             rollout.canary = CanaryRun(candidate, incumbent, rollout.state, self._store)
         else:
@@ -157,5 +159,5 @@ class ServingManager:
         canary.finish(self._store, self._message_log, now, final=final)
         self.factory.stop(canary.candidate)
         for task in (canary.incumbent, self.find_task(rollout.name)):
-            if task is not None and task.batch_observer is canary:
-                task.batch_observer = None
+            if task is not None:
+                task.detach(canary)

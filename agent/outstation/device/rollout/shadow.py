@@ -154,7 +154,7 @@ class ShadowRunner:
             self._poll(0.0)
             return
         start_s = model.seconds
-        with self.other.crash_guard():
+        with self.other.crash.guard():
             outputs = model.invoke(windows.model_input)
         self._add_predictions(pending, outputs, model.seconds - start_s)
 

@@ -90,10 +90,10 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     """Return the windows of `task` that end at `ends` (w,), as `_cut_windows` does, with its joined inputs."""
     cut, joined = _cut_windows(task, store, source_batch, ends), None
     starts, ends = cut.starts, cut.ends
-    if task.joined_reader is not None:
+    if task.joined is not None:
         # The batch has waited for its own inputs; windows of this bundle are joined with what is there.
-        batch_join = task.joined_reader.join(store, WindowCut(starts, len(cut.t)), cut.t, 1)
-        task.joined_reader.confirm(batch_join)
+        batch_join = task.joined.reader.join(store, WindowCut(starts, len(cut.t)), cut.t, 1)
+        task.joined.reader.confirm(batch_join)
         starts, joined = batch_join.cut.starts, batch_join.cut.joined
         ends = ends[: len(starts)]
     values = model_input = features.build_windows(cut.table, starts, task.inference.manifest.input)

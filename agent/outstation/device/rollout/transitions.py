@@ -13,7 +13,6 @@ from outstation.device.bundles.history import BundleHistory, BundleRef
 from outstation.device.bundles.quarantine import CrashMarker
 from outstation.device.bundles.rollout_state import HoldOff, Reason, RolloutState
 from outstation.device.config import Config
-from outstation.device.pipeline.drift_state import RestoredDrift
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.rollout import saved_drift
 from outstation.device.store import task_keys
@@ -131,13 +130,10 @@ def begin_canary(
     now: ClockReading,
 ) -> None:
     """Make the candidate active, set the drift state of the previous bundle aside, and let the candidate inherit it."""
-    if candidate.drift_monitor is None or candidate.drift_state is None:
+    if candidate.drift is None:
         saved_drift.save(tx, task)
     else:
-        drift = RestoredDrift(
-            *(candidate.drift_monitor, candidate.drift_state, candidate.closing_messages, candidate.unsaved_basis)
-        )
-        saved_drift.begin(tx, message_log, task, drift, now)
+        saved_drift.begin(tx, message_log, task, candidate.drift.to_restored(), now)
     bundle_history.record_activation(tx, message_log, task, candidate.bundle, history, "roll-out", now)
 
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from outstation.device.batch_parts.batch_part import ResultAlert
 from outstation.device.config.alert_rules import AlertRuleConfig
 from outstation.device.rules import evaluation, sentences
 from outstation.device.rules.batch_results import BatchResults, PendingResults, concatenate
@@ -44,13 +45,6 @@ class RuleContext(msgspec.Struct, frozen=True, eq=False):
     bundle: str
     drift: DriftState | None
     windows: Sequence[DriftWindowResult]
-
-
-class ResultAlert(msgspec.Struct, frozen=True):
-    """Alert that the result at `index` of the batch raised or cleared; below 0 for one of an earlier batch."""
-
-    index: int
-    alert: Alert
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """Cost accounting: processor time, bytes sent, bytes written to flash, and energy.
 
-Counters in the store, named `cost.…`. Each task's counters are written with its batches (only the time of a commit
-counts with the next batch), those of the process and the machine once a minute. Work that a crash interrupts is not
+Counters in the store, named `cost.…`. Each task's counters are written with its batches, those of the process and the
+machine once a minute. Work that a crash interrupts is not
 counted.
 
 Sources: proc(5) for `write_bytes`; Linux Documentation/power/powercap for energy.
@@ -25,28 +25,10 @@ _PROCESS_PREFIX, _TASK_PREFIX = f"{PREFIX}process.", f"{PREFIX}task."
 _ENVELOPE_BYTES = 330
 
 
-class CostMeter:
-    """Counters of a task's batches. The times are those of one thread's processor clock, ns."""
-
-    def __init__(self, task: str) -> None:
-        self._task, self._start_ns, self._written_ns, self._uncounted_ns = task, 0, 0, 0
-
-    def begin_batch(self, cpu_ns: int) -> None:
-        self._start_ns = cpu_ns
-
-    def write_counters(self, tx: Transaction, windows: int, rows: int, cpu_ns: int) -> None:
-        """Write the counters of the current batch; `confirm_written` follows once `tx` is committed."""
-        self._written_ns = cpu_ns
-        cpu_us = (self._uncounted_ns + cpu_ns - self._start_ns) // 1000
-        for name, n in {"batches": 1, "windows": windows, "rows": rows, "cpu_us": cpu_us}.items():
-            tx.increment_counter(f"{_TASK_PREFIX}{self._task}.{name}", n)
-
-    def confirm_written(self) -> None:
-        self._start_ns, self._uncounted_ns = self._written_ns, 0
-
-    def end_batch(self, cpu_ns: int) -> None:
-        """Keep the time of the commit for the next batch."""
-        self._uncounted_ns += cpu_ns - self._start_ns
+def count_batch(tx: Transaction, task: str, windows: int, rows: int, cpu_us: int) -> None:
+    """Count a committed batch of a task."""
+    for name, n in {"batches": 1, "windows": windows, "rows": rows, "cpu_us": cpu_us}.items():
+        tx.increment_counter(f"{_TASK_PREFIX}{task}.{name}", n)
 
 
 def message_counter(task: str, kind: str) -> str:

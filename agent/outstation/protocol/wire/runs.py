@@ -1,7 +1,7 @@
 """Run-length encoded columns: runs of integers, jittered times, repeated labels; of results and of quiet windows.
 
-`docs/reference/wire-format.md` describes the forms. This module reads them; `outstation.device.pipeline.columns` writes
-them. Every bound is checked before a run is expanded.
+`docs/reference/wire-format.md` describes the forms. This module reads them; `outstation.device.batch_parts.columns`
+writes them. Every bound is checked before a run is expanded.
 """
 
 from __future__ import annotations

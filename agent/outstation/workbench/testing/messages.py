@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from outstation.device.pipeline.columns import encode_labels, encode_runs, encode_times
+from outstation.device.batch_parts.columns import encode_labels, encode_runs, encode_times
 from outstation.foundation import clock
 from outstation.ml.model.inference.scores import Labels
 from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage

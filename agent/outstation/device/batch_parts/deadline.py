@@ -1,4 +1,4 @@
-"""Deadline of a task's batches: how long one may take from its first row to its commit.
+"""Deadline part of a batch: how long one may take from its first row to its commit.
 
 A late batch is committed all the same: its work is done, and its rows must not run twice. It is counted, and the next
 batch gets fewer model windows, by the measured time per window. An alert is raised when batches of a single window are
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from outstation.device.batch_parts.batch_part import Batch, BatchPart
 from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store
 from outstation.foundation import clock
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.errors import StorageBusy, StorageFull
+from outstation.ml.model.inference.inference import InferenceResult
 from outstation.protocol.alerts.alert import Alert
 from outstation.protocol.alerts.kinds import DEADLINE_MISSED
 
@@ -32,7 +35,7 @@ _UNLIMITED_WINDOWS = 1 << 30
 _LATE_BATCHES_TO_ALERT = 3
 
 
-class Deadline:
+class Deadline(BatchPart):
     """Deadline of one task: `seconds`, or None; a batch of `max_windows` model windows is expected to be on time."""
 
     def __init__(self, task: str, seconds: float | None) -> None:
@@ -41,6 +44,11 @@ class Deadline:
         self._task, self._late_in_a_row = task, 0
         # None until the store was asked.
         self._is_alert_open: bool | None = None
+
+    def follow(self, batch: Batch, results: InferenceResult) -> None:
+        """Record the time of the committed batch."""
+        seconds = time.monotonic() - batch.start.monotonic_s
+        self.record_batch(seconds, len(batch.ends), batch.store, batch.message_log, batch.now)
 
     def record_batch(
         self, seconds: float, windows: int, store: Store, message_log: MessageLog, now: ClockReading

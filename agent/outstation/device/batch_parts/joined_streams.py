@@ -13,9 +13,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from outstation.device.batch_parts.batch_part import Batch, BatchPart
+from outstation.device.batch_parts.task_plan import TaskPlan
 from outstation.device.config import JoinedStreamConfig, StreamConfig
 from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog
+from outstation.device.store.row_batch import RowBatch
 from outstation.device.store.rows import Rows, commit
 from outstation.device.store.store import Store
 from outstation.device.store.transaction import Transaction
@@ -174,13 +177,13 @@ class JoinedReader:
             self._waiting = self._saved_wait = _load_wait(store, self._task)
         return self._positions
 
-    def _position(self, name: str, spec: JoinedInput, part: _JoinedPart, end_us: int) -> JoinedPosition:
+    def _position(self, name: str, spec: JoinedInput, part: _StreamRows, end_us: int) -> JoinedPosition:
         at = joins.first_needed(spec, part.t, end_us)
         row = int(part.numbers[at]) if at < len(part.t) else part.last
         return JoinedPosition(self._streams[name].name, self._bundle, row, end_us)
 
     def _count_ready(
-        self, parts: Mapping[str, _JoinedPart], times: Ints, end_rows: Ints, uptime_s: float | None
+        self, parts: Mapping[str, _StreamRows], times: Ints, end_rows: Ints, uptime_s: float | None
     ) -> int:
         """Return how many of the first windows need not wait; without `uptime_s` none waits for later rows."""
         ready = len(times)
@@ -219,12 +222,12 @@ class JoinedReader:
 
     def _read(
         self, store: Store, name: str, spec: JoinedInput, position: JoinedPosition | None, times: Ints
-    ) -> _JoinedPart:
+    ) -> _StreamRows:
         """Read the rows that windows at `times` need, and one of a later time if there is one."""
         stream, last_us = self._streams[name], int(times.max())
         columns = [[f.name for f in stream.config.fields].index(field) for field in spec.fields]
         first = self._first_row(store, stream.name, position, int(times.min()))
-        nothing = _JoinedPart(np.zeros(0, np.int64), np.zeros(0, np.int64), _no_values(spec), first)
+        nothing = _StreamRows(np.zeros(0, np.int64), np.zeros(0, np.int64), _no_values(spec), first)
         pieces, count, at, latest_us, is_cut = [nothing], 0, first - 1, int(np.iinfo(np.int64).min), False
         # Single rows with a wrong time far ahead, or from before a step of the clock, end no reading.
         is_later = False
@@ -240,7 +243,7 @@ class JoinedReader:
             latest_us, is_later = int(piece.t[-1]), int(piece.t.min()) > last_us
             matrix = features.stack_columns([piece.rows.columns[i] for i in columns])
             valued = np.flatnonzero(joins.find_valued(matrix))
-            pieces.append(_JoinedPart(piece.first + valued, piece.t[valued], matrix[valued], at))
+            pieces.append(_StreamRows(piece.first + valued, piece.t[valued], matrix[valued], at))
             count += len(valued)
             if count >= _MAX_ROWS:
                 # Rows that no window needs make way in a stream that was stored long before.
@@ -253,7 +256,39 @@ class JoinedReader:
         return msgspec.structs.replace(part, last=max(first, at), latest_us=latest_us, is_cut=is_cut)
 
 
-class _JoinedPart(msgspec.Struct, frozen=True, eq=False):
+class JoinedPart(BatchPart):
+    """Joined streams of a batch: its windows wait for their rows, and take them from the `reader`."""
+
+    def __init__(self, plan: TaskPlan, streams: Mapping[str, JoinedStream]) -> None:
+        self.streams, self.reader = streams, JoinedReader(plan.name, plan.bundle.digest, plan.inference, streams)
+        self._batch: JoinedBatch | None = None
+
+    def join(
+        self, store: Store, message_log: MessageLog, cut: WindowCut, rows: RowBatch, now: ClockReading
+    ) -> WindowCut | None:
+        """Return the windows that are ready, with their joined values; None if none is. Raises StorageError."""
+        joined = self.reader.join(store, cut, rows.t, rows.first, now)
+        if joined.cut.consumed == 0 and len(cut.starts):
+            self.reader.save_wait(store)
+            return None
+        self._batch = self.reader.commit(store, message_log, joined)
+        return joined.cut
+
+    def read(self, batch: Batch) -> None:
+        if self._batch is not None:
+            batch.joined_rows, batch.last_joined = self._batch.rows, self.reader.last_rows(self._batch)
+
+    def save(self, tx: Transaction, batch: Batch) -> None:
+        if self._batch is not None:
+            self.reader.save(tx, self._batch)
+
+    def confirm(self, batch: Batch) -> None:
+        if self._batch is not None:
+            self.reader.confirm(self._batch)
+            self._batch = None
+
+
+class _StreamRows(msgspec.Struct, frozen=True, eq=False):
     """Rows with a value: their `numbers`, `t` and `values` (m, F). `last`: the last row read.
 
     `latest_us` is the time of the last row read. `is_cut`: more follow.
@@ -266,12 +301,12 @@ class _JoinedPart(msgspec.Struct, frozen=True, eq=False):
     latest_us: int = 0
     is_cut: bool = False
 
-    def select_rows(self, indices: Ints) -> _JoinedPart:
-        return _JoinedPart(self.numbers[indices], self.t[indices], self.values[indices], self.last)
+    def select_rows(self, indices: Ints) -> _StreamRows:
+        return _StreamRows(self.numbers[indices], self.t[indices], self.values[indices], self.last)
 
 
-def _concatenate(parts: Sequence[_JoinedPart]) -> _JoinedPart:
-    return _JoinedPart(
+def _concatenate(parts: Sequence[_StreamRows]) -> _StreamRows:
+    return _StreamRows(
         np.concatenate([part.numbers for part in parts]),
         np.concatenate([part.t for part in parts]),
         np.concatenate([part.values for part in parts]),

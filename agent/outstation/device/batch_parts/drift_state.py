@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.store import task_keys
 from outstation.device.store.message_log import PendingMessage
 from outstation.device.store.store import Store
@@ -63,14 +62,6 @@ def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, p
         tx.delete_state(task, task_keys.SITE_REFERENCE)
     else:
         tx.save_state(task, task_keys.SITE_REFERENCE, state.site_reference.to_json())
-
-
-def save_task(tx: Transaction, task: LoadedTask, state: DriftState) -> None:
-    """Save the task's next state, with all that its bundle took over; the task's closing messages belong to it."""
-    assert task.drift_monitor is not None
-    save(tx, task.name, task.drift_monitor, state, task.drift_state if task.closing_messages is None else None)
-    if task.unsaved_basis is not None:
-        save_basis(tx, task.name, task.unsaved_basis)
 
 
 def save_basis(tx: Transaction, task: str, basis: bytes) -> None:
