@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,7 +20,9 @@ from outstation.ml.model.inference.inference import InferenceResult
 from outstation.ml.model.inference.scores import Labels
 from outstation.ml.performance.expected_error import NO_ERROR_BINS, ErrorBins
 from outstation.protocol.alerts.alert import Alert
-from outstation.protocol.wire.messages import JoinedRange
+
+if TYPE_CHECKING:
+    from outstation.protocol.wire.messages import JoinedRange
 
 
 class ResultAlert(msgspec.Struct, frozen=True):

@@ -260,8 +260,13 @@ class JoinedPart(BatchPart):
     """Joined streams of a batch: its windows wait for their rows, and take them from the `reader`."""
 
     def __init__(self, plan: TaskPlan, streams: Mapping[str, JoinedStream]) -> None:
-        self.streams, self.reader = streams, JoinedReader(plan.name, plan.bundle.digest, plan.inference, streams)
+        self._plan, self._streams = plan, streams
+        self.reader = JoinedReader(plan.name, plan.bundle.digest, plan.inference, streams)
         self._batch: JoinedBatch | None = None
+
+    def with_new_reader(self) -> JoinedPart:
+        """Return a part that knows only the positions in the store."""
+        return JoinedPart(self._plan, self._streams)
 
     def join(
         self, store: Store, message_log: MessageLog, cut: WindowCut, rows: RowBatch, now: ClockReading

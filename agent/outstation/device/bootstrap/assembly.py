@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,7 +14,6 @@ from outstation.device.batch_parts.crash_part import CrashPart
 from outstation.device.batch_parts.deadline import Deadline
 from outstation.device.batch_parts.drift_part import DriftPart
 from outstation.device.batch_parts.drift_state import RestoredDrift
-from outstation.device.batch_parts.joined_streams import JoinedPart, JoinedStream
 from outstation.device.batch_parts.label_part import LabelPart
 from outstation.device.batch_parts.result_part import ResultPart
 from outstation.device.batch_parts.task_plan import TaskPlan
@@ -21,8 +21,11 @@ from outstation.device.batch_parts.window_part import WindowPart
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.rules.compiler import CompiledRule
 from outstation.device.rules.rule_part import RulePart
-from outstation.device.samples.sample_part import SamplePart
-from outstation.device.samples.selection import SampledTask
+
+if TYPE_CHECKING:
+    from outstation.device.batch_parts.batch_part import BatchPart
+    from outstation.device.batch_parts.joined_streams import JoinedPart, JoinedStream
+    from outstation.device.samples.selection import SampledTask
 
 _NO_STREAMS: Mapping[str, JoinedStream] = {}
 
@@ -42,7 +45,7 @@ def assemble_task(
     The parts' order is that of their messages, and a part finds in the batch the facts of those before it.
     """
     drift = None if restored is None else DriftPart(plan, restored)
-    joined = JoinedPart(plan, joined_streams) if plan.inference.manifest.joined else None
+    joined = _join(plan, joined_streams) if plan.inference.manifest.joined else None
     results, crash = ResultPart(plan), CrashPart(plan, crash_guard, is_suspect=is_crash_suspect)
     deadline = Deadline(plan.name, plan.config.deadline)
     size = BatchSize(plan, deadline, drift, sum(rule.alerts_per_window for rule in rules))
@@ -53,7 +56,7 @@ def assemble_task(
         results,
         WindowPart(plan, drift) if drift is not None else None,
         LabelPart(plan) if plan.keep_results else None,
-        SamplePart(samples) if samples is not None else None,
+        _sample(samples) if samples is not None else None,
         crash,
         size,
         CostPart(plan),
@@ -69,3 +72,16 @@ def assemble_task(
         joined=joined,
         samples=samples,
     )
+
+
+def _join(plan: TaskPlan, streams: Mapping[str, JoinedStream]) -> JoinedPart:
+    # Imported here, because few tasks join streams or send samples, and each start would load these.
+    from outstation.device.batch_parts.joined_streams import JoinedPart
+
+    return JoinedPart(plan, streams)
+
+
+def _sample(samples: SampledTask) -> BatchPart:
+    from outstation.device.samples.sample_part import SamplePart
+
+    return SamplePart(samples)

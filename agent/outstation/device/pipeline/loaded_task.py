@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from outstation.device.batch_parts.batch_part import BatchPart
 from outstation.device.batch_parts.batch_size import BatchSize
 from outstation.device.batch_parts.crash_part import CrashPart
 from outstation.device.batch_parts.drift_part import DriftPart
-from outstation.device.batch_parts.joined_streams import JoinedPart
 from outstation.device.batch_parts.result_part import ResultPart
 from outstation.device.batch_parts.task_plan import TaskPlan
 from outstation.device.batch_parts.window_part import WindowPart
-from outstation.device.samples.selection import SampledTask
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.row_batch import RowBatch
 from outstation.foundation.arrays import Float32s
 from outstation.ml.model.inference.features import WindowCut
 from outstation.ml.model.inference.inference import StartedWindows
+
+if TYPE_CHECKING:
+    from outstation.device.batch_parts.joined_streams import JoinedPart
+    from outstation.device.samples.selection import SampledTask
 
 
 class StartedBatch(msgspec.Struct, frozen=True, eq=False):
@@ -66,8 +70,10 @@ class LoadedTask(TaskPlan, frozen=True, eq=False, kw_only=True):
 
     def without_drift(self) -> LoadedTask:
         """Return the task with the same parts, but those of drift detection, and a new reader of its joined streams."""
-        parts = [part for part in self.parts if not isinstance(part, DriftPart | WindowPart | JoinedPart)]
-        joined = None if self.joined is None else JoinedPart(self, self.joined.streams)
+        parts = [part for part in self.parts if not isinstance(part, DriftPart | WindowPart)]
+        joined = None if self.joined is None else self.joined.with_new_reader()
+        if self.joined is not None:
+            parts.remove(self.joined)
         return msgspec.structs.replace(
             self, parts=parts if joined is None else [joined, *parts], joined=joined, drift=None, lookahead=Lookahead()
         )
