@@ -251,10 +251,15 @@ def test_ctrl_c_ends_the_wait_for_the_daemon(tmp_path: Path) -> None:
     client = Client(killable.socket, name="g")
     number(client, 1)
     killable.kill()
-    thread.start()
-    with pytest.raises(KeyboardInterrupt), client:
-        waits.set()
-    thread.join(30)
+    # A shell has programs in its background ignore this signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt), client:
+            waits.set()
+        thread.join(30)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_outage_ends(tmp_path: Path) -> None:

@@ -422,9 +422,7 @@ class Daemon:
 
     def _count_backlog(self, scheduled: ScheduledTask) -> int:
         stream = scheduled.task.config.stream
-        cursor = self._store.cursor(scheduled.task.name)
-        used = self._store.first_row(stream) - 1 if cursor is None else cursor
-        return self._store.last_row(stream) - used
+        return self._store.last_row(stream) - self._store.position(scheduled.task.name, stream)
 
     def _record_run(self, scheduled: ScheduledTask, now: ClockReading) -> None:
         scheduled.must_save |= scheduled.schedule.record_run(now)

@@ -15,14 +15,13 @@ import msgspec
 from outstation.device.batch_parts.batch_part import Batch, BatchStart
 from outstation.device.batch_parts.result_part import build_lost_message
 from outstation.device.pipeline import prepared_batch
-from outstation.device.pipeline.loaded_task import LoadedTask, StartedBatch
+from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.store.message_log import MessageLog, PendingMessage
 from outstation.device.store.row_batch import RowBatch
 from outstation.device.store.store import Store
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.errors import StorageFull
-from outstation.ml.model.inference import features, scores
-from outstation.ml.model.inference.features import WindowCut
+from outstation.ml.model.inference import scores
 from outstation.ml.model.inference.inference import InferenceResult
 from outstation.protocol.alerts.kinds import DAMAGED_ROWS
 
@@ -59,16 +58,11 @@ def _run_once(
     task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading, max_rows: int
 ) -> BatchResult | None:
     start = BatchStart(time.monotonic(), time.thread_time_ns())
-    cursor = store.cursor(task.name)
-    after = store.first_row(task.config.stream) - 1 if cursor is None else cursor
-    started = prepared_batch.take_started(task, store, after, max_rows)
+    started = prepared_batch.start_next(task, store, message_log, now, max_rows)
     if started is None:
-        rows = prepared_batch.read_backlog(task, store, after, max_rows)
-        if rows is not None and rows.loss_reason:
-            return _skip_lost(task, store, message_log, rows, now)
-        started = None if rows is None else _start(task, store, message_log, rows, now)
-        if started is None:
-            return None
+        return None
+    if isinstance(started, RowBatch):
+        return _skip_lost(task, store, message_log, started, now)
     following = prepared_batch.prepare_next(task, store, started, max_rows)
     rows, cut = started.rows, started.cut
     ends = cut.starts + task.window_rows - 1
@@ -82,24 +76,6 @@ def _run_once(
     _compute_and_commit(task, batch, results)
     alerts = sum(len(window.alerts) for window in batch.drift_windows) + len(batch.result_alerts)
     return BatchResult(cut.consumed, len(cut.starts), alerts)
-
-
-def _start(
-    task: LoadedTask, store: Store, message_log: MessageLog, rows: RowBatch, now: ClockReading
-) -> StartedBatch | None:
-    """Give the windows of the rows to the model; None if the rows have to wait for others."""
-    cut: WindowCut | None = features.cut_windows(rows.t, task.inference.manifest.input.window)
-    if task.joined is not None and cut is not None:
-        cut = task.joined.join(store, message_log, cut, rows, now)
-    if cut is None:
-        return None
-    if cut.consumed == 0:
-        following = store.read_rows(task.config.stream, task.stream.fields, rows.last, 1)
-        if following is None or following.loss_reason is None:
-            return None
-        # The rows after these cannot be read, so these will never fill a window.
-        cut = WindowCut(cut.starts, len(rows.t), cut.joined)
-    return prepared_batch.prepare(task, store, rows, cut).start(task)
 
 
 def _compute_and_commit(task: LoadedTask, batch: Batch, results: InferenceResult) -> None:

@@ -24,7 +24,7 @@ def repair_cursor(task: LoadedTask, store: Store, message_log: MessageLog, now: 
         return False
     stream, seen = task.config.stream, drift.state.last_counted_row
     cursor = store.cursor(task.name)
-    after = store.first_row(stream) - 1 if cursor is None else cursor
+    after = store.position(task.name, stream)
     # The last tested window ends at `seen`; where windows overlap, its later rows are not consumed yet.
     through = seen - task.window_rows + min(task.step, task.window_rows)
     if seen < after + task.window_rows:

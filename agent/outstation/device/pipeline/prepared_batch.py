@@ -9,10 +9,12 @@ import numpy as np
 
 from outstation.device.machine import heap
 from outstation.device.pipeline.loaded_task import LoadedTask, StartedBatch
+from outstation.device.store.message_log import MessageLog
 from outstation.device.store.row_batch import RowBatch
 from outstation.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from outstation.device.store.store import Store
 from outstation.foundation.arrays import Float32s
+from outstation.foundation.clock import ClockReading
 from outstation.ml.model.inference import features
 from outstation.ml.model.inference.features import WindowCut
 from outstation.ml.model.inference.model_windows import ModelWindows
@@ -31,6 +33,36 @@ class PreparedBatch(msgspec.Struct, frozen=True, eq=False):
         """Let the model begin to compute the batch."""
         with task.crash.guard():
             return StartedBatch(self.rows, self.cut, self.features, task.inference.start(self.windows))
+
+
+def start_next(
+    task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading, max_rows: int
+) -> StartedBatch | RowBatch | None:
+    """Start the batch of the next rows that wait, or return rows that cannot be read; None if rows are to come."""
+    after, oldest = store.position(task.name, task.config.stream), store.first_row(task.config.stream)
+    started = take_started(task, after, oldest, max_rows)
+    if started is not None:
+        return started
+    rows = read_backlog(task, store, after, max_rows)
+    return rows if rows is None or rows.loss_reason else _start(task, store, message_log, rows, now)
+
+
+def _start(
+    task: LoadedTask, store: Store, message_log: MessageLog, rows: RowBatch, now: ClockReading
+) -> StartedBatch | None:
+    """Give the windows of the rows to the model; None if the rows have to wait for others."""
+    cut: WindowCut | None = features.cut_windows(rows.t, task.inference.manifest.input.window)
+    if task.joined is not None and cut is not None:
+        cut = task.joined.join(store, message_log, cut, rows, now)
+    if cut is None:
+        return None
+    if cut.consumed == 0:
+        following = store.read_rows(task.config.stream, task.stream.fields, rows.last, 1)
+        if following is None or following.loss_reason is None:
+            return None
+        # The rows after these cannot be read, so these will never fill a window.
+        cut = WindowCut(cut.starts, len(rows.t), cut.joined)
+    return prepare(task, store, rows, cut).start(task)
 
 
 def prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> PreparedBatch:
@@ -73,13 +105,13 @@ def _with_rest(max_rows: int) -> int:
     return max_rows + max_rows // _REST_DIVISOR
 
 
-def take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> StartedBatch | None:
-    """Return the batch that was started if it follows row `after`, has at most `max_rows`, and its rows are there."""
+def take_started(task: LoadedTask, after: int, oldest: int, max_rows: int) -> StartedBatch | None:
+    """Return the started batch if it follows row `after` and has at most `max_rows`, none of them before `oldest`."""
     started, task.lookahead.started = task.lookahead.started, None
     if started is None or started.rows.first != after + 1 or len(started.rows.t) > _with_rest(max_rows):
         return None
     # Evicted rows are declared as lost, and the end of the model's process was not caused by the batch.
-    is_lost = store.first_row(task.config.stream) > after + 1 or started.run.run.failure is not None
+    is_lost = oldest > after + 1 or started.run.run.failure is not None
     return None if is_lost else started
 
 

@@ -89,16 +89,19 @@ class MessageLog(msgspec.Struct):
         body: Mapping[str, Any],
         now: ClockReading,
         key: SigningKey | None = None,
+        window: Mapping[str, Any] | None = None,
     ) -> int:
         """Append one message, signed by `key` or else by the log's key, and return its seq.
 
+        `window`: the drift message that an alert follows; the alert tells no more than that.
         Return 0 for a message that the owner of the stream keeps on the device.
         """
-        allowed = least_count.apply(kind, body, self.least_count(task))
         # An event about a task names its fields only, not those of other streams.
         about = body.get("evidence", {}).get("task") if kind == "audit" and task is None else task
-        privacy = self.field_privacy(about if about in self.privacy else task)
-        allowed = privacy.apply(kind, allowed, now.wall_us)
+        least, privacy = self.least_count(task), self.field_privacy(about if about in self.privacy else task)
+        if window is not None:
+            body = least_count.apply_to_alert(body, window, least)
+        allowed = privacy.apply(kind, least_count.apply(kind, body, least), now.wall_us)
         if privacy.keeps(kind):
             if kind == "alerts":
                 tx.record_alert({"task": task, "time": clock.to_rfc3339(now.wall_us), "kept": True, **allowed})
@@ -124,11 +127,10 @@ class MessageLog(msgspec.Struct):
         """Enqueue messages in order, each with its alerts behind it."""
         for message in messages:
             seq = self.append(tx, message.kind, message.task, message.body, now)
+            window = message.body if message.kind == "drift" else None
             for alert in message.alerts:
-                body: Mapping[str, Any] = alert.to_body(message.task, **({"seq": seq} if seq else {}))
-                if message.kind == "drift":
-                    body = least_count.apply_to_alert(body, message.body, self.least_count(message.task))
-                self.append(tx, "alerts", message.task, body, now)
+                body = alert.to_body(message.task, **({"seq": seq} if seq else {}))
+                self.append(tx, "alerts", message.task, body, now, window=window)
 
     def reissue(self, tx: Transaction, message: OutboxMessage, old_log: str) -> int:
         """Append a message of another log, unchanged but for its place in the log, and return its seq.

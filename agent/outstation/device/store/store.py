@@ -216,6 +216,11 @@ class Store:
         row = self._fetch_one("SELECT row FROM checked_cursors WHERE task = ?", task)
         return int(row[0]) if row else None
 
+    def position(self, task: str, stream: str) -> int:
+        """Return the row of `stream` after which `task` continues: its cursor, or the row before the oldest one."""
+        cursor = self.cursor(task)
+        return self.first_row(stream) - 1 if cursor is None else cursor
+
     def first_consumed(self, task: str) -> int | None:
         row = self._fetch_one("SELECT first_row FROM checked_cursors WHERE task = ?", task)
         return int(row[0]) if row else None
