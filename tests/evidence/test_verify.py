@@ -118,7 +118,7 @@ def test_nothing_is_read_without_a_valid_signature(folder: Path) -> None:
         (b"", "malformed signature"),
         (b"a.b.c", "malformed signature"),
         (b"x" * 5000, "is larger than"),
-        (manifest.sign((folder / "manifest.json").read_bytes(), new_key(5)), "unknown key"),
+        (manifest.KIND.sign_file(new_key(5), (folder / "manifest.json").read_bytes()), "unknown key"),
     ):
         (folder / "manifest.jws").write_bytes(content)
         [(where, problem)] = problems(folder)

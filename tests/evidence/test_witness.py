@@ -46,7 +46,7 @@ def head_of(device: MessageSender, *, hours: float = 11, key: SigningKey | None 
     signer = key or device.key
     members: dict[str, Any] = {"fleet": FLEET, "device": device.device, "log": device.log, "seq": device.seq}
     members |= {"digest": device.prev, "time": at(hours), "clock": "synced", "key": signer.public.text}
-    return msgspec.json.encode(log_head.sign(log_head.LogHead(**(members | changes)), signer))
+    return log_head.sign(log_head.LogHead(**(members | changes)), signer).to_json()
 
 
 class Desk:

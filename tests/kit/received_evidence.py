@@ -46,4 +46,4 @@ def resign(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: Non
 
 def write_manifest(folder: Path, data: bytes) -> None:
     (folder / "manifest.json").write_bytes(data)
-    (folder / "manifest.jws").write_bytes(manifest.sign(data, OPERATOR["key"]))
+    (folder / "manifest.jws").write_bytes(manifest.KIND.sign_file(OPERATOR["key"], data))

@@ -154,7 +154,7 @@ def _write_manifest(writer: FolderWriter, key: SigningKey, facts: EvidenceFacts)
     )
     data = manifest.encode(head)
     writer.write(MANIFEST_FILE, data)
-    writer.write(SIGNATURE_FILE, manifest.sign(data, key))
+    writer.write(SIGNATURE_FILE, manifest.KIND.sign_file(key, data))
 
 
 def _list_empty_files(facts: EvidenceFacts) -> set[str]:

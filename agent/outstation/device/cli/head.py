@@ -41,7 +41,12 @@ def head(config_file: str | None, as_json: bool) -> None:
             acknowledged=quote_acknowledgement(store),
         )
     signed = log_head.sign(statement, key)
-    document = {**msgspec.to_builtins(signed), "thumbprint": key.public.kid, "head": msgspec.to_builtins(statement)}
+    document = {
+        "payload": signed.payload.decode(),
+        "jws": signed.jws,
+        "thumbprint": key.public.kid,
+        "head": msgspec.to_builtins(statement),
+    }
     lines = [
         f"{conf.device.id} in fleet {conf.device.fleet}, log {statement.log}",
         f"seq         {seq}",

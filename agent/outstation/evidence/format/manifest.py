@@ -15,17 +15,13 @@ from typing import Annotated, Literal
 import msgspec
 
 from outstation.evidence.format.contents import READ_LIMITS
-from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused
-from outstation.foundation.strict_json import check_strict_json
-from outstation.protocol.wire import jws
-from outstation.protocol.wire.keys import SigningKey, parse_public_key
+from outstation.protocol.wire.keys import parse_public_key
 from outstation.protocol.wire.messages import Natural, Positive, ShortText
+from outstation.protocol.wire.signed_document import DocumentKind
 from outstation.protocol.wire.times import Rfc3339
 
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "manifest.jws"
-# Takes the place of a message's topic, so that no signature of a message or a bundle is valid for a folder.
-SIGNATURE_DOMAIN = "evidence"
 RelativePath = Annotated[str, msgspec.Meta(max_length=240)]
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,119}(/[A-Za-z0-9_][A-Za-z0-9._+-]{0,119}){0,3}\Z")
 
@@ -78,7 +74,7 @@ class EvidenceManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     files: Annotated[list[FileEntry], msgspec.Meta(max_length=READ_LIMITS.files)]
 
 
-_DECODER = decoders.json_decoder(EvidenceManifest)
+KIND = DocumentKind(EvidenceManifest, "evidence", "manifest")
 
 
 def encode(manifest: EvidenceManifest) -> bytes:
@@ -89,20 +85,11 @@ def decode(data: bytes) -> EvidenceManifest:
     """Parse and check a manifest. Raises MessageRefused and no other exception."""
     if len(data) > READ_LIMITS.manifest_bytes:
         raise MessageRefused("too large", f"{len(data)} bytes, the limit is {READ_LIMITS.manifest_bytes}")
-    try:
-        manifest = _DECODER.decode(data)
-        check_strict_json(data)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise MessageRefused("malformed manifest", str(error)[:200]) from None
+    manifest = KIND.parse(data)
     _check_paths([file.path for file in manifest.files])
     _check_sizes(manifest.files)
     _check_keys(manifest.keys)
     return manifest
-
-
-def sign(data: bytes, key: SigningKey) -> bytes:
-    """Return the content of `manifest.jws`."""
-    return jws.sign(key, SIGNATURE_DOMAIN, data).encode() + b"\n"
 
 
 def is_valid_path(path: str) -> bool:

@@ -17,8 +17,8 @@ from outstation.evidence.format.manifest import is_valid_path
 from outstation.foundation import decoders, input_files
 from outstation.foundation.errors import BadBundle, MessageRefused, UsageError
 from outstation.ml.model.bundle import builtin, bundle
-from outstation.ml.model.bundle.bundle import SIGNATURE_DOMAIN, Bundle
-from outstation.protocol.wire import jws
+from outstation.ml.model.bundle.bundle import MANIFEST_DOMAIN, Bundle
+from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey
 from outstation.protocol.wire.messages import Metric
 from outstation.workbench.evaluation.document import Evaluation
@@ -49,7 +49,7 @@ def gather(
     Raises BadBundle for a path in `bundle_paths` that cannot be read, UsageError for an evaluation of no known bundle.
     """
     documents = BundleDocuments()
-    signers = {key.kid: jws.Signer("publisher", key) for key in publishers}
+    signers = {key.kid: Signer("publisher", key) for key in publishers}
     evaluation_by_digest = {evaluation.model.digest: (data, evaluation) for data, evaluation in evaluations}
     seen: set[str] = set()
     for loaded in _iter_bundles(fleet_dir, bundle_paths, set(tasks_by_digest), documents):
@@ -101,7 +101,7 @@ def _iter_bundles(
 def _add_bundle(
     documents: BundleDocuments,
     loaded: Bundle,
-    publishers: dict[str, jws.Signer],
+    publishers: dict[str, Signer],
     evaluation: tuple[bytes, Evaluation] | None,
     running_tasks: int,
 ) -> None:
@@ -137,10 +137,9 @@ def _add_bundle(
     documents.files[f"{folder}/about.json"] = msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n"
 
 
-def _is_signed_by_publisher(documents: dict[str, bytes], publishers: dict[str, jws.Signer]) -> bool:
-    token = documents.get("manifest.jws", b"").decode("ascii", "replace").strip()
+def _is_signed_by_publisher(documents: dict[str, bytes], publishers: dict[str, Signer]) -> bool:
     try:
-        jws.verify([token], SIGNATURE_DOMAIN, documents["manifest.json"], publishers.get)
+        MANIFEST_DOMAIN.check_file(documents["manifest.json"], documents.get("manifest.jws", b""), publishers.get)
     except MessageRefused:
         return False
     return True

@@ -17,7 +17,7 @@ from outstation.fleet.rollout import decisions as rollout_decisions
 from outstation.fleet.rollout.decisions import DecisionBody
 from outstation.foundation.errors import MessageRefused
 from outstation.protocol.wire import jws
-from outstation.protocol.wire.jws import MAX_PAYLOAD, Signer, digest
+from outstation.protocol.wire.jws import MAX_PAYLOAD, Signer
 from outstation.protocol.wire.messages import AuditPayload
 
 # Events that nobody decided. They are only counted.
@@ -162,7 +162,7 @@ def find_chain_breaks(signed: Iterable[tuple[DecisionBody, bytes]], *, is_comple
         chain = chains.setdefault(body.rollout, {})
         if body.n in chain:
             yield f"roll-out {body.rollout}: decision {body.n} occurs twice"
-        chain[body.n] = (body, digest(payload))
+        chain[body.n] = (body, rollout_decisions.KIND.digest(payload))
     for rollout, chain in chains.items():
         first = min(chain)
         if is_complete and first != 1:

@@ -72,12 +72,12 @@ class ChainChecker:
     def add_witness(self, where: str, data: bytes) -> None:
         """Add the content of a file that `outstation head` wrote on a device."""
         try:
-            verified = log_head.verify(data)
+            head, signer = log_head.verify(data)
         except MessageRefused as refused:
             self._add_problem(where, f"is not a valid log head: {refused}")
             return
         self.witnesses += 1
-        head, kid = verified.head, verified.key.kid
+        kid = signer.key.kid
         time_us = parse_rfc3339(head.time) if head.clock == "synced" else 0
         if head.fleet != self._manifest.fleet:
             self._add_problem(where, f"is a head of fleet {head.fleet!r}, this folder is of {self._manifest.fleet!r}")

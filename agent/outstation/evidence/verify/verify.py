@@ -39,8 +39,7 @@ from outstation.fleet.repository.signature_chain import SignatureChain
 from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused, UsageError
 from outstation.foundation.strict_json import check_strict_json
-from outstation.ml.model.bundle.bundle import SIGNATURE_DOMAIN
-from outstation.protocol.wire import jws
+from outstation.ml.model.bundle.bundle import MANIFEST_DOMAIN
 from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey, parse_public_key
 from outstation.protocol.wire.messages import LoggedPayload
@@ -78,8 +77,7 @@ def _read_manifest(folder: Path, keys: list[PublicKey], report: VerificationRepo
         return None
     known = {key.kid: Signer("operator", key) for key in keys}
     try:
-        text = token.decode("ascii", "replace").strip()
-        report.signer = jws.verify((text,), manifest.SIGNATURE_DOMAIN, data, known.get).key.kid
+        report.signer = manifest.KIND.check_file(data, token, known.get).key.kid
     except MessageRefused as refusal:
         report.add_problem(SIGNATURE_FILE, f"{refusal}: none of the {len(known)} given keys signed {MANIFEST_FILE}")
         return None
@@ -274,9 +272,9 @@ def check_bundle(where: str, card: BundleCard, reader: FolderReader, publishers:
     if card.folder != folder:
         add_problem(where, f"folder is {card.folder}, but the file lies in {folder}")
     if card.signature_verified:
-        token = (reader.read_bytes(f"{folder}/manifest.jws") or b"").decode("ascii", "replace").strip()
+        token = reader.read_bytes(f"{folder}/manifest.jws") or b""
         try:
-            kid = jws.verify((token,), SIGNATURE_DOMAIN, data, publishers.get).key.kid
+            kid = MANIFEST_DOMAIN.check_file(data, token, publishers.get).key.kid
         except MessageRefused as refused:
             add_problem(where, f"claims the signature of a listed publisher, which does not verify: {refused}")
         else:

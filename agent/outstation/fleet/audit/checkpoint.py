@@ -25,11 +25,11 @@ from outstation.fleet.audit.coverage import CoverageState
 from outstation.fleet.database.store import DeviceRange
 from outstation.foundation import decoders, durable_files
 from outstation.foundation.errors import MessageRefused, StorageError, UsageError
-from outstation.protocol.wire import jws
+from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey, SigningKey
+from outstation.protocol.wire.signed_document import DocumentKind
 
 _FILE = "checkpoint.json"
-_TOPIC = "outstation/{}/audit-checkpoint"
 _READ_BYTES = 1 << 20
 
 
@@ -62,9 +62,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     parts: list[Part]
 
 
-class _Signed(msgspec.Struct, frozen=True):
-    payload: str
-    jws: str
+_KIND = DocumentKind(Checkpoint, "outstation/{}/audit-checkpoint")
 
 
 class CheckpointFolder:
@@ -72,7 +70,7 @@ class CheckpointFolder:
 
     def __init__(self, path: Path, fleet: str, trusted: Sequence[PublicKey]) -> None:
         self.path, self._fleet = path, fleet
-        self._signers = {key.kid: jws.Signer("auditor", key) for key in trusted}
+        self._signers = {key.kid: Signer("auditor", key) for key in trusted}
 
     def load(self) -> Checkpoint | None:
         """Return the checkpoint; None if there is none. Raises UsageError if it is not genuine."""
@@ -86,7 +84,7 @@ class CheckpointFolder:
             if not file.exists():
                 return None
             raise UsageError(self._describe(f"{error.filename} is missing")) from None
-        except (OSError, MessageRefused, UsageError, msgspec.MsgspecError, UnicodeError, ValueError) as error:
+        except (OSError, MessageRefused, UsageError, ValueError) as error:
             raise UsageError(self._describe(str(error))) from None
         return checkpoint
 
@@ -96,14 +94,11 @@ class CheckpointFolder:
             return self._read(self.path / _FILE)
         except FileNotFoundError:
             return None
-        except (OSError, MessageRefused, msgspec.MsgspecError, UnicodeError, ValueError) as error:
+        except (OSError, MessageRefused, ValueError) as error:
             raise UsageError(self._describe(str(error))) from None
 
     def _read(self, file: Path) -> Checkpoint:
-        signed = decoders.from_json(file.read_bytes(), _Signed)
-        payload = signed.payload.encode()
-        jws.verify([signed.jws], _TOPIC.format(self._fleet), payload, self._signers.get)
-        return decoders.from_json(payload, Checkpoint)
+        return _KIND.verify(_KIND.read_json(file.read_bytes()), self._signers.get, self._fleet)
 
     def _describe(self, problem: str) -> str:
         return f"{self.path / _FILE}: cannot be believed: {problem}; audit everything with --full"
@@ -115,9 +110,8 @@ class CheckpointFolder:
         """Sign the files of all ranges as the new checkpoint, and remove those of earlier ones. Raises StorageError."""
         try:
             made = [Part(devices, file.name, _digest(file)) for devices, file in parts]
-            payload = msgspec.json.encode(Checkpoint(self._fleet, time, messages, made))
-            token = jws.sign(key, _TOPIC.format(self._fleet), payload)
-            durable_files.write(self.path / _FILE, msgspec.json.encode(_Signed(payload.decode(), token)), 0o600)
+            signed = _KIND.sign_body(key, Checkpoint(self._fleet, time, messages, made), self._fleet)
+            durable_files.write(self.path / _FILE, signed.to_json(), 0o600)
         except OSError as error:
             raise StorageError(f"{self.path / _FILE}: cannot be written: {error}; run one audit at a time") from error
         named = {part.file for part in made}

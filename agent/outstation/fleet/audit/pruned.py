@@ -8,7 +8,7 @@ replaces the one before and names its digest; only the newest has a state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,10 +19,9 @@ from outstation.fleet.database.interface import LogId
 from outstation.fleet.database.store import Devices, FleetStore
 from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused
-from outstation.protocol.wire import jws
-from outstation.protocol.wire.keys import PublicKey, SigningKey
-
-_TOPIC = "outstation/{}/retention"
+from outstation.protocol.wire.jws import Signer
+from outstation.protocol.wire.keys import PublicKey
+from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument, SignerLookup
 
 
 class PrunedLog(msgspec.Struct, frozen=True):
@@ -124,31 +123,26 @@ def digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def sign(key: SigningKey, statement: Statement) -> tuple[bytes, str]:
-    """Return payload and token."""
-    payload = msgspec.json.encode(statement)
-    return payload, jws.sign(key, _TOPIC.format(statement.fleet), payload)
+KIND = DocumentKind(Statement, "outstation/{}/retention", digest=digest)
 
 
-def verify_statement(payload: bytes, token: str, find_signer: Callable[[str], jws.Signer | None]) -> Statement:
-    """Return a statement that a collector signed. Raises MessageRefused."""
-    try:
-        statement = decoders.from_json(payload, Statement)
-        jws.verify([token], _TOPIC.format(statement.fleet), payload, find_signer)
-    except (msgspec.MsgspecError, TypeError, AttributeError) as error:
-        raise MessageRefused("malformed payload", str(error)) from None
+def verify_statement(payload: bytes, token: str, find_signer: SignerLookup) -> Statement:
+    """Return a statement that a collector signed, for the fleet that it names. Raises MessageRefused."""
+    statement = KIND.parse(payload)
+    KIND.check(SignedDocument(payload, token), find_signer, statement.fleet)
     return statement
 
 
 def verify(device: str, rows: Sequence[tuple[Any, ...]], collectors: Sequence[PublicKey]) -> PrunedDevice:
     """Verify the statements (n, payload, jws, state) of a device, oldest first. Raises MessageRefused."""
-    signers: Mapping[str, jws.Signer] = {key.kid: jws.Signer("collector", key) for key in collectors}
-    prev, statement = "", None
-    for number, (n, payload, token, _) in enumerate(rows, 1):
+    signers: Mapping[str, Signer] = {key.kid: Signer("collector", key) for key in collectors}
+    newest, statement = None, None
+    for n, payload, token, _ in rows:
         statement = verify_statement(payload, token, signers.get)
+        number, prev = KIND.find_next_place(newest)
         if (n, statement.n, statement.device, statement.prev) != (number, number, device, prev):
             raise MessageRefused("other statement", f"statement {number} does not follow the one before")
-        prev = digest(payload)
+        newest = number, payload
     _, payload, _, state = rows[-1]
     if statement is None or not isinstance(state, bytes) or digest(state) != statement.state:
         raise MessageRefused("other state", "the state of the newest statement is not the one that was signed")

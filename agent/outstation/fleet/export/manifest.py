@@ -17,12 +17,13 @@ import msgspec
 from outstation.fleet.export.tables import KINDS, NO_DAY, Filters
 from outstation.foundation import decoders, durable_files, ranges
 from outstation.foundation.errors import MessageRefused, UsageError
-from outstation.protocol.wire import jws
+from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey, SigningKey
+from outstation.protocol.wire.signed_document import SignedDocument, SigningDomain
 
 MANIFEST, CHUNKS = "manifest.json", "_chunks"
 FORMAT = "outstation-export-1"
-_TOPIC = "outstation/{}/export"
+_DOMAIN = SigningDomain("outstation/{}/export")
 # Measurements are private to the owner of the files.
 FILE_MODE = 0o600
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -85,14 +86,14 @@ class Manifest(_Content):
         self.save(folder, key)
 
     def save(self, folder: Path, key: SigningKey) -> None:
-        self.jws = jws.sign(key, _TOPIC.format(self.fleet), self._signed_content())
+        self.jws = _DOMAIN.sign(key, self._signed_content(), self.fleet).jws
         durable_files.write(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(self)), FILE_MODE)
 
     def find_signature_problem(self, collectors: Sequence[PublicKey]) -> str | None:
         """Return why the signature is not one of these keys over this content."""
-        signers = {key.kid: jws.Signer("collector", key) for key in collectors}
+        signers = {key.kid: Signer("collector", key) for key in collectors}
         try:
-            jws.verify([self.jws], _TOPIC.format(self.fleet), self._signed_content(), signers.get)
+            _DOMAIN.check(SignedDocument(self._signed_content(), self.jws), signers.get, self.fleet)
         except MessageRefused as refused:
             return f"is not signed by a collector of this fleet: {refused}"
         return None

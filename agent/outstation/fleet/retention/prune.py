@@ -153,12 +153,13 @@ class _Pruning(msgspec.Struct):
                 for table, logs in plan.tables.items()
             }  # fmt: skip
         state = msgspec.json.encode(PrunedState(states, tables, retained))
-        n = 1 if plan.last is None else plan.last.statement.n + 1
-        prev = "" if plan.last is None else statements.digest(plan.last.payload)
+        last = None if plan.last is None else (plan.last.statement.n, plan.last.payload)
+        n, prev = statements.KIND.find_next_place(last)
         head = (self.fleet, plan.device, n, prev, self.now, dict(self.before))
-        payload, token = statements.sign(key, Statement(*head, pruned_logs, pruned_tables, statements.digest(state)))
+        statement = Statement(*head, pruned_logs, pruned_tables, statements.digest(state))
+        signed = statements.KIND.sign_body(key, statement, self.fleet)
         retained_keys = frozenset((row[_LOG], row[_SEQ]) for row in retained)
-        row = StatementRow(plan.device, n, self.now, payload, token, state)
+        row = StatementRow(plan.device, n, self.now, signed.payload, signed.jws, state)
         return pruning.remove(self.store, row, Removal(plan.messages, plan.tables, stored, retained_keys))
 
 

@@ -153,7 +153,7 @@ def _record_decision(
     counter: int | None = None,
     desired: DesiredBundle | None = None,
 ) -> None:
-    n, prev = journal.load_chain_head(db, rollout.name)
+    n, prev = journal.find_next_place(db, rollout.name)
     context: dict[str, Any] = {"by": operator.role}
     context |= {"state": rollout.state, "step": rollout.step, "topic": rollout.topic}
     if desired is not None and counter is not None:
@@ -162,7 +162,7 @@ def _record_decision(
         rollouts.save_desired(db, (message.topic, message.counter, message.payload, message.jws))
         context |= {"counter": counter, "desired": digest(message.payload)}
     context |= evidence
-    body = decisions.DecisionBody(1, rollout.name, n + 1, prev, operator.timestamp, event, summary, context)
+    body = decisions.DecisionBody(1, rollout.name, n, prev, operator.timestamp, event, summary, context)
     rollouts.append_decision(db, decisions.sign(operator.key, body).to_row())
     journal.save(db, rollout)
 

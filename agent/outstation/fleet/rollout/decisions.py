@@ -9,22 +9,18 @@ Rules of `verify_chain`, for each roll-out:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused
-from outstation.foundation.strict_json import DuplicateKey, check_strict_json
-from outstation.protocol.wire import jws
 from outstation.protocol.wire.desired_state import Name
-from outstation.protocol.wire.jws import Signer, digest
 from outstation.protocol.wire.keys import SigningKey
+from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument, SignerLookup
 from outstation.protocol.wire.times import Rfc3339
 
 Event = Literal["started", "promoted", "paused", "resumed", "aborted", "finished"]
-SignerLookup = Callable[[str], Signer | None]
 
 
 class DecisionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="decision"):
@@ -42,34 +38,33 @@ class SignedDecision(msgspec.Struct, frozen=True):
     """A row of table decisions."""
 
     body: DecisionBody
-    payload: bytes
-    jws: str
+    document: SignedDocument
 
     def to_row(self) -> tuple[Any, ...]:
         body = self.body
         evidence = msgspec.json.encode(body.evidence).decode()
-        return (body.rollout, body.n, body.time, body.event, body.summary, evidence, self.payload, self.jws)
+        return (
+            body.rollout,
+            body.n,
+            body.time,
+            body.event,
+            body.summary,
+            evidence,
+            self.document.payload,
+            self.document.jws,
+        )
 
 
-def signing_topic(rollout: str) -> str:
-    """Return the topic that is signed: no decision can pass for a message, or for another roll-out's decision."""
-    return f"decision/{rollout}"
+KIND = DocumentKind(DecisionBody, "decision/{}")
 
 
 def sign(key: SigningKey, body: DecisionBody) -> SignedDecision:
-    payload = msgspec.json.encode(body)
-    return SignedDecision(body, payload, jws.sign(key, signing_topic(body.rollout), payload))
+    return SignedDecision(body, KIND.sign_body(key, body, body.rollout))
 
 
 def verify(rollout: str, payload: bytes, token: str, find_signer: SignerLookup) -> DecisionBody:
     """Return the verified decision. Raises MessageRefused."""
-    jws.verify([token], signing_topic(rollout), payload, find_signer)
-    try:
-        body = decoders.from_json(payload, DecisionBody)
-        check_strict_json(payload)
-    except (DuplicateKey, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise MessageRefused("malformed payload", str(error)[:200]) from None
-    return body
+    return KIND.verify(SignedDocument(payload, token), find_signer, rollout)
 
 
 def verify_chain(
@@ -89,7 +84,7 @@ def verify_chain(
             problems.append((n, problem))
         if body is not None:
             valid.append(body)
-        prev = digest(payload) if isinstance(payload, bytes) else None
+        prev = KIND.digest(payload) if isinstance(payload, bytes) else None
     return valid, problems
 
 
@@ -103,7 +98,7 @@ def _verify_row(
         body = verify(rollout, payload, token, find_signer)
     except MessageRefused as refused:
         return f"does not verify: {refused}", None
-    signed_row = SignedDecision(body, payload, token).to_row()
+    signed_row = SignedDecision(body, SignedDocument(payload, token)).to_row()
     names = ("rollout", "n", "time", "event", "summary")
     for name, stored, signed in zip(names, row, signed_row, strict=False):
         if stored != signed:

@@ -14,7 +14,6 @@ from outstation.fleet.rollout.plan import RolloutPlan, RolloutStep
 from outstation.foundation import decoders
 from outstation.foundation.errors import StorageError, UsageError
 from outstation.foundation.toml_files import did_you_mean
-from outstation.protocol.wire.jws import digest
 
 OPEN_STATES = ("running", "paused")
 
@@ -63,10 +62,10 @@ def save(db: Connection, rollout: Rollout) -> None:
     rollouts.save_rollout(db, row)
 
 
-def load_chain_head(db: Connection, rollout: str) -> tuple[int, str]:
-    """Load the number of the newest decision and the digest of its payload; 0 and "" before the first."""
+def find_next_place(db: Connection, rollout: str) -> tuple[int, str]:
+    """Return number and `prev` of a roll-out's next decision."""
     row = rollouts.load_last_decision(db, rollout)
-    return (int(row[0]), digest(row[1])) if row else (0, "")
+    return decisions.KIND.find_next_place((int(row[0]), row[1]) if row else None)
 
 
 def load_step_start(db: Connection, rollout: str) -> str:

@@ -23,16 +23,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused
 from outstation.foundation.names import is_name
-from outstation.foundation.strict_json import check_strict_json
-from outstation.protocol.wire import jws, keys
 from outstation.protocol.wire.jws import Signer
-from outstation.protocol.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode
+from outstation.protocol.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode, parse_public_key
+from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument, read_token
 
-# Takes the place of a message's topic, so that no signature of a message is valid for a request.
-_SIGNATURE_DOMAIN = "enrolment request"
 MAX_BYTES = 16 << 10
 
 
@@ -45,6 +41,9 @@ class RequestBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     csr: str
     proof: str
+
+
+_KIND = DocumentKind(RequestBody, "enrolment request", "request")
 
 
 class EnrolmentRequest(msgspec.Struct, frozen=True, dict=True):
@@ -73,8 +72,7 @@ def build(fleet: str, device: str, key: SigningKey, tls_key: SigningKey, token: 
     body = RequestBody(1, fleet, device, key.public.text, csr.public_bytes(Encoding.PEM).decode(), "")
     if token is not None:
         body = msgspec.structs.replace(body, proof=_proof(body, token))
-    payload = msgspec.json.encode(body)
-    return b"%b\n%b\n" % (payload, jws.sign(key, _SIGNATURE_DOMAIN, payload).encode())
+    return _KIND.sign_body(key, body).to_lines()
 
 
 def parse(data: bytes) -> EnrolmentRequest:
@@ -82,19 +80,12 @@ def parse(data: bytes) -> EnrolmentRequest:
     if len(data) > MAX_BYTES:
         raise MessageRefused("too large", f"the limit is {MAX_BYTES} bytes")
     payload, separator, token = data.removesuffix(b"\n").partition(b"\n")
-    try:
-        body = decoders.from_json(payload, RequestBody)
-        check_strict_json(payload)
-        key = keys.parse_public_key(body.key)
-        text = token.decode("ascii")
-    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise MessageRefused("malformed request", str(error)[:200]) from None
+    document = SignedDocument(payload, read_token(token))
+    body, signer = _KIND.verify_own(document, lambda body: Signer(body.device, parse_public_key(body.key)))
     if not separator or not is_name(body.device) or not is_name(body.fleet):
-        raise MessageRefused("malformed request", "needs two lines, and valid names of fleet and device")
-    signer = Signer(body.device, key)
-    jws.verify([text], _SIGNATURE_DOMAIN, payload, lambda kid: signer if kid == key.kid else None)
-    _check_csr(body.csr, key)
-    return EnrolmentRequest(body, key)
+        raise _KIND.refuse("needs two lines, and valid names of fleet and device")
+    _check_csr(body.csr, signer.key)
+    return EnrolmentRequest(body, signer.key)
 
 
 def _check_csr(pem: str, key: PublicKey) -> None:

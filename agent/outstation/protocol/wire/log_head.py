@@ -10,17 +10,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from outstation.foundation import decoders
 from outstation.foundation.clock import ClockQuality
 from outstation.foundation.errors import MessageRefused
-from outstation.foundation.strict_json import check_strict_json
-from outstation.protocol.wire import jws
 from outstation.protocol.wire.jws import Signer
-from outstation.protocol.wire.keys import PublicKey, SigningKey, parse_public_key
+from outstation.protocol.wire.keys import SigningKey, parse_public_key
 from outstation.protocol.wire.messages import AcknowledgementRef, Natural, ShortText, Uuid
+from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument
 from outstation.protocol.wire.times import Rfc3339
 
-_SIGNATURE_DOMAIN = "log head"
 MAX_BYTES = 16 << 10
 
 
@@ -40,35 +37,16 @@ class LogHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     acknowledged: AcknowledgementRef | None = None
 
 
-class SignedHead(msgspec.Struct, frozen=True):
-    """File of a head. Members other than these are for readers and not verified."""
-
-    payload: str
-    jws: Annotated[str, msgspec.Meta(max_length=jws.MAX_TOKEN)]
+_KIND = DocumentKind(LogHead, "log head", "head")
 
 
-class VerifiedHead(msgspec.Struct, frozen=True):
-    head: LogHead
-    key: PublicKey
+def sign(head: LogHead, key: SigningKey) -> SignedDocument:
+    return _KIND.sign_body(key, head)
 
 
-def sign(head: LogHead, key: SigningKey) -> SignedHead:
-    payload = msgspec.json.encode(head)
-    return SignedHead(payload.decode(), jws.sign(key, _SIGNATURE_DOMAIN, payload))
-
-
-def verify(data: bytes) -> VerifiedHead:
+def verify(data: bytes) -> tuple[LogHead, Signer]:
     """Verify the content of a file against the key in it; the caller decides whose key it is. Raises MessageRefused."""
     if len(data) > MAX_BYTES:
         raise MessageRefused("too large", f"the limit is {MAX_BYTES} bytes")
-    try:
-        signed = decoders.from_json(data, SignedHead)
-        payload = signed.payload.encode()
-        head = decoders.from_json(payload, LogHead)
-        check_strict_json(payload)
-        key = parse_public_key(head.key)
-    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise MessageRefused("malformed head", str(error)[:200]) from None
-    signer = Signer(head.device, key)
-    jws.verify([signed.jws], _SIGNATURE_DOMAIN, payload, lambda kid: signer if kid == key.kid else None)
-    return VerifiedHead(head, key)
+    document = _KIND.read_json(data)
+    return _KIND.verify_own(document, lambda head: Signer(head.device, parse_public_key(head.key)))

@@ -92,7 +92,7 @@ def pack(spec_file: Path, key: SigningKey | None, train: Path | None = None) -> 
     head = manifest.encode(specs.finish_manifest(job.draft, files))
     files["manifest.json"] = head
     if key is not None:
-        files["manifest.jws"] = bundle.sign(head, key)
+        files["manifest.jws"] = bundle.MANIFEST_DOMAIN.sign_file(key, head)
     else:
         warnings.append(_UNSIGNED_WARNING)
     notes = [*calibrated.notes, *_note_scaling(draft)]

@@ -22,7 +22,8 @@ from outstation.foundation.errors import BadBundle, MessageRefused, UnknownBundl
 from outstation.ml.model.bundle import builtin, manifest
 from outstation.ml.model.bundle.manifest import Manifest
 from outstation.protocol.wire import jws
-from outstation.protocol.wire.keys import PublicKey, SigningKey
+from outstation.protocol.wire.keys import PublicKey
+from outstation.protocol.wire.signed_document import SigningDomain, read_token
 
 if TYPE_CHECKING:
     from zipfile import ZipFile
@@ -32,7 +33,7 @@ MAX_BYTES = 256 << 20
 MAX_FILES = 32
 _TOO_LARGE = f"larger than the {MAX_BYTES >> 20} MiB that a bundle may have"
 # Signed in the place of a topic: the signature of a message cannot pass for that of a bundle.
-SIGNATURE_DOMAIN = "bundle"
+MANIFEST_DOMAIN = SigningDomain("bundle")
 # Of members of an archive: stored, and deflated.
 _COMPRESSIONS = (0, zlib.DEFLATED)
 _UNREADABLE_ERRORS = (OSError, zlib.error, RuntimeError, EOFError, ValueError)
@@ -87,23 +88,17 @@ def _verify(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey]
     return Bundle(content, f"sha256:{hashlib.sha256(head).hexdigest()}", files, signer)
 
 
-def sign(head: bytes, key: SigningKey) -> bytes:
-    """Return the content of `manifest.jws`."""
-    return jws.sign(key, SIGNATURE_DOMAIN, head).encode() + b"\n"
-
-
 def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: Sequence[PublicKey] | None) -> str:
-    text = None if token is None else token.decode("ascii", "replace").strip()
     if publishers is None:
         try:
-            return jws.claimed_kid(text or "")
+            return jws.claimed_kid(read_token(token or b""))
         except MessageRefused:
             return ""
-    if text is None:
+    if token is None:
         raise BadBundle(f"{path}: not signed (no manifest.jws); sign it with `outstation model sign`")
     known = {key.kid: jws.Signer("publisher", key) for key in publishers}
     try:
-        return jws.verify([text], SIGNATURE_DOMAIN, head, known.get).key.kid
+        return MANIFEST_DOMAIN.check_file(head, token, known.get).key.kid
     except MessageRefused as refusal:
         raise BadBundle(
             f"{path}: {refusal}; the manifest is not signed by any of the {len(known)} trusted publisher keys "

@@ -179,7 +179,7 @@ def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
     key = keys.load_private(key_file)
     loaded = bundles.read(bundle, None)
     digest = loaded.digest
-    (bundle / "manifest.jws").write_bytes(bundles.sign(loaded.files["manifest.json"], key))
+    (bundle / "manifest.jws").write_bytes(bundles.MANIFEST_DOMAIN.sign_file(key, loaded.files["manifest.json"]))
     document = {"bundle": str(bundle), "digest": digest, "thumbprint": key.public.kid}
     emit(document, as_json, lambda: echo(f"{bundle} {digest}\nsigned by {key.public.kid}"))
 
