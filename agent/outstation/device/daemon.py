@@ -18,6 +18,7 @@ from outstation.device.bundles import quarantine
 from outstation.device.capacity.space import SpaceManager
 from outstation.device.commands.executor import RemoteCommands
 from outstation.device.config import Config
+from outstation.device.duty import Duty
 from outstation.device.health import BundleFailure, HealthReporter, interval_s
 from outstation.device.intake.server import Intake
 from outstation.device.machine import heap
@@ -147,7 +148,10 @@ class Daemon:
             "units": self._list_units(),
             **self._updater.report(now),
         }
-        self._next_health = self._next_space_check = self._next_label_check = 0.0
+        self._space_duty = Duty(
+            lambda now: 0.0 if self._space.tick(now) else None, _SPACE_INTERVAL_S, lambda: self._needs_space()
+        )
+        self._duties = self._list_duties()
 
     def run(self) -> None:
         """Run until stopped. Raises the error that stopped intake or uplink, or StorageError."""
@@ -184,32 +188,43 @@ class Daemon:
 
     def tick(self, now: ClockReading) -> float:
         """Do the work that is due at `now`; return the seconds until more may be due."""
-        self._timekeeper.tick(now)
-        if self._remote_commands.tick(now):
-            self.uplink.wake()
-        if self._updater.tick(now):
-            self.uplink.wake()
-        wait = self._run_due_tasks(now)
-        if self.signals.is_stopping:
-            return 0.0
-        if now.boot_s >= self._next_label_check:
-            self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
-            self._process_labels()
-        if self._sampler is not None:
-            sampled = (scheduled.task.samples for scheduled in self._scheduled_tasks)
-            if self._sampler.tick((task for task in sampled if task is not None), now):
-                self.uplink.wake()
-        if now.boot_s >= self._next_health:
-            self._next_health = now.boot_s + interval_s(self._conf)
-            self._health_reporter.write_health()
-            self.uplink.wake()
-        # While space is short, intake rejects rows.
-        if now.boot_s >= self._next_space_check or (not self._space.is_evicting and self._space.is_short()):
-            more = self._space.tick(now)
-            self._next_space_check = now.boot_s + (0.0 if more else _SPACE_INTERVAL_S)
-            wait = 0.0 if more else wait
+        wait = _MAX_WAIT_S
+        for duty in self._duties:
+            wait = min(wait, duty.run(now))
+            if self.signals.is_stopping:
+                return 0.0
         self._feed_watchdog()
         return wait
+
+    def _list_duties(self) -> list[Duty]:
+        """Return the work of the main loop, in its order."""
+        return [
+            Duty(lambda now: self._timekeeper.tick(now)),
+            Duty(lambda now: self._wake_uplink(self._remote_commands.tick(now))),
+            Duty(lambda now: self._wake_uplink(self._updater.tick(now))),
+            Duty(self._run_due_tasks),
+            Duty(lambda now: self._process_labels(), _LABEL_INTERVAL_S),
+            Duty(self._send_samples),
+            Duty(self._report_health, interval_s(self._conf)),
+            self._space_duty,
+        ]
+
+    def _wake_uplink(self, has_written: object) -> None:
+        if has_written:
+            self.uplink.wake()
+
+    def _send_samples(self, now: ClockReading) -> None:
+        if self._sampler is not None:
+            sampled = (scheduled.task.samples for scheduled in self._scheduled_tasks)
+            self._wake_uplink(self._sampler.tick((task for task in sampled if task is not None), now))
+
+    def _report_health(self, now: ClockReading) -> None:
+        self._health_reporter.write_health()
+        self.uplink.wake()
+
+    def _needs_space(self) -> bool:
+        """Return True if space is short, so that intake rejects rows, and nothing is evicted yet."""
+        return not self._space.is_evicting and self._space.is_short()
 
     def _run_due_tasks(self, now: ClockReading) -> float:
         """Run the tasks that are due, if the machine is not throttled; return the seconds until more may be due."""
@@ -333,7 +348,7 @@ class Daemon:
                 log.error("task %s: %s; it is retried when next due", task.name, error)
                 if isinstance(error, StorageFull):
                     self._crowded.add(task.name)
-                    self._next_space_check = now.boot_s
+                    self._space_duty.due_s = now.boot_s
             case StorageError():
                 raise error
             case _:
@@ -380,7 +395,8 @@ class Daemon:
         if self._backoffs.pop(name + suffix, None) is not None:
             self._health_reporter.clear_bundle_alert(name)
 
-    def _process_labels(self) -> None:
+    def _process_labels(self) -> float | None:
+        """Evaluate the labels of all tasks; return the seconds until it is tried again if there was no room."""
         keep_s = float(self._conf.buffer.keep_results)
         for scheduled in self._scheduled_tasks:
             name = scheduled.task.name
@@ -391,13 +407,13 @@ class Daemon:
                 self._clear_backoff(name, _LABELS_SUFFIX)
             except (StorageBusy, StorageFull) as problem:
                 # An error of one task would come for the next one, too.
-                self._next_label_check = self._now().boot_s + _LABEL_RETRY_S
                 log.error("task %s: %s; labels are evaluated again in a minute", name, problem)
-                return
+                return _LABEL_RETRY_S
             except StorageError:
                 raise
             except Exception as error:
                 self._back_off(scheduled.task, _LABELS_SUFFIX, error)
+        return None
 
     def _run_early(self, now: ClockReading) -> bool:
         """Run all tasks out of schedule to make room; return True if any has more to do."""

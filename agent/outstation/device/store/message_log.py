@@ -113,9 +113,10 @@ class MessageLog(msgspec.Struct):
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
         payload = jws.encode({**head, **stamp, **({"task": task} if task else {}), **allowed})
         message = OutboxMessage(seq + 1, topic, payload, jws.sign(key or self.key, topic, payload), time)
-        tx.enqueue(message, log_chain.digest(payload))
-        tx.increment_counter(f"messages.{kind}", 1)
+        digest = log_chain.digest(payload)
         cost.count_message(tx, task, kind, message.size)
+        tx.enqueue(message, digest)
+        tx.increment_counter(f"messages.{kind}", 1)
         if kind == "alerts":
             tx.record_alert({"task": task, "time": time, **allowed})
         if kind in self.urgent_kinds:
