@@ -53,7 +53,11 @@ def manifest_json(data: bytes) -> None:
 
 def contents() -> dict[str, bytes]:
     text = head()
-    return {"manifest.json": text, "manifest.jws": bundle.sign(text, PUBLISHER), "model.tflite": MODEL}
+    return {
+        "manifest.json": text,
+        "manifest.jws": bundle.MANIFEST_DOMAIN.sign_file(PUBLISHER, text),
+        "model.tflite": MODEL,
+    }
 
 
 def archives() -> list[bytes]:

@@ -190,11 +190,11 @@ def heads() -> list[bytes]:
 def head(data: bytes) -> None:
     signed = {"payload": data.decode("utf-8", "replace"), "jws": jws.sign(DEVICE, "log head", data)}
     try:
-        accepted = log_head.verify(json.dumps(signed).encode())
+        accepted, signer = log_head.verify(json.dumps(signed).encode())
     except MessageRefused:
         return
-    assert accepted.key.kid == DEVICE.public.kid
-    parse_rfc3339(accepted.head.time)
+    assert signer.key.kid == DEVICE.public.kid
+    parse_rfc3339(accepted.time)
 
 
 class Desk:

@@ -185,7 +185,9 @@ def around(content: bytes, recipe: Recipe = CLASSIFY, *, seconds: int = 20, memo
 
 def resign(folder: Path, key: SigningKey = KEY) -> None:
     """Sign the manifest as it is, so that the signature of an invalid manifest is valid."""
-    (folder / "manifest.jws").write_bytes(bundle.sign((folder / "manifest.json").read_bytes(), key))
+    (folder / "manifest.jws").write_bytes(
+        bundle.MANIFEST_DOMAIN.sign_file(key, (folder / "manifest.json").read_bytes())
+    )
 
 
 def change(spec: Path, old: str, new: str) -> Path:

@@ -75,4 +75,4 @@ def _sign(
     del files["manifest.json"]
     sums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())}
     head = manifest.encode(msgspec.structs.replace(shipped.manifest, version=version, output=output, files=sums))
-    return {**files, "manifest.json": head, "manifest.jws": bundle.sign(head, key)}
+    return {**files, "manifest.json": head, "manifest.jws": bundle.MANIFEST_DOMAIN.sign_file(key, head)}

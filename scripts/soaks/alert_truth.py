@@ -128,7 +128,7 @@ def _pack_successor(folder: Path, key: SigningKey) -> Path:
     document["files"]["reference.json"] = f"sha256:{hashlib.sha256(reference).hexdigest()}"
     head = json.dumps(document, indent=2).encode()
     (folder / "manifest.json").write_bytes(head)
-    (folder / "manifest.jws").write_bytes(bundle.sign(head, key))
+    (folder / "manifest.jws").write_bytes(bundle.MANIFEST_DOMAIN.sign_file(key, head))
     return folder
 
 

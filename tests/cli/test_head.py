@@ -74,10 +74,10 @@ def test_the_head_is_signed_by_the_devices_key_and_quotes_the_collector(pi: Devi
     pi.write()
     quoted = pi.acknowledge()
     document = pi.head()
-    verified = log_head.verify(json.dumps(document).encode())
-    assert (verified.key.kid, verified.key.kid) == (pi.log.key.public.kid, document["thumbprint"])
-    assert verified.head.acknowledged == quoted
-    assert (verified.head.fleet, verified.head.device, verified.head.log) == ("home", "pi-07", pi.store.log_id)
+    head, signer = log_head.verify(json.dumps(document).encode())
+    assert (signer.key.kid, signer.key.kid) == (pi.log.key.public.kid, document["thumbprint"])
+    assert head.acknowledged == quoted
+    assert (head.fleet, head.device, head.log) == ("home", "pi-07", pi.store.log_id)
 
 
 def test_people_read_the_same_head(pi: Device) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from outstation.fleet.database import rollouts
 from outstation.fleet.database.interface import Connection
+from outstation.fleet.rollout import decisions
 from outstation.fleet.rollout.desired_state import DesiredMessage
 from outstation.fleet.rollout.plan import RolloutPlan, RolloutStep
 from outstation.foundation import decoders
