@@ -17,10 +17,11 @@ from outstation.fleet.collector.collector import Collector
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation.clock import parse_rfc3339
 from outstation.foundation.errors import MessageRefused
+from outstation.protocol.documents import enrolment_request, log_head
 from outstation.protocol.transport import sample_content, sealing
 from outstation.protocol.transport.broker_config import BrokerConfig
 from outstation.protocol.transport.packets import IncomingMessage
-from outstation.protocol.wire import enrolment_request, jws, keys, log_head, topics
+from outstation.protocol.wire import jws, keys, topics
 from outstation.protocol.wire.keys import b64url_decode, b64url_encode
 from outstation.protocol.wire.messages import AckPayload
 from outstation.protocol.wire.verification import VerifiedMessage, verify_message

@@ -24,11 +24,12 @@ from outstation.fleet.enrolment.enrol import device_folder, init_fleet
 from outstation.fleet.enrolment.registrar import MAX_REFUSED, InvitationEvent, Registrar
 from outstation.foundation import clock
 from outstation.foundation.errors import LinkDown, UsageError
+from outstation.protocol.documents import enrolment_request
 from outstation.protocol.transport import tls
 from outstation.protocol.transport.broker_config import BrokerConfig
 from outstation.protocol.transport.mqtt import Link
 from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
-from outstation.protocol.wire import enrolment_request, invitation, keys
+from outstation.protocol.wire import invitation, keys
 from outstation.protocol.wire.invitation import Invitation
 from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root
 from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, subscribe_anyway

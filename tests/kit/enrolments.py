@@ -10,8 +10,9 @@ from typing import Any
 from outstation.fleet.config import FleetConfig
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.enrolment.enrol import Enrolment, enrol
-from outstation.protocol.wire import enrolment_request, keys
-from outstation.protocol.wire.enrolment_request import EnrolmentRequest
+from outstation.protocol.documents import enrolment_request
+from outstation.protocol.documents.enrolment_request import EnrolmentRequest
+from outstation.protocol.wire import keys
 
 
 def site(folder: Path, device: str) -> Path:

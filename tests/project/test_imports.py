@@ -244,6 +244,28 @@ def test_no_folder_imports_itself_through_others() -> None:
     assert inside == FOLDER_CYCLES
 
 
+def test_few_modules_sign_or_verify_a_token() -> None:
+    """A document that is no message is signed by `protocol/documents/signed_document.py` alone."""
+    calls = {
+        (name.removeprefix("outstation."), ast.unparse(call.func))
+        for name, path in MODULES.items()
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in {"jws.sign", "jws.verify"}
+    }
+    assert {name for name, called in calls if called == "jws.verify"} == {
+        "protocol.documents.signed_document",
+        "protocol.wire.verification",
+    }
+    assert {name for name, called in calls if called == "jws.sign"} == {
+        "device.store.message_log",
+        "fleet.collector.acknowledger",
+        "fleet.commands",
+        "fleet.rollout.desired_state",
+        "protocol.documents.signed_document",
+        "workbench.testing.messages",
+    }
+
+
 def test_only_decoders_makes_msgspec_read_a_type() -> None:
     """Two threads that are the first to do so end the process; see agent/outstation/foundation/decoders.py."""
     reading = {"msgspec.convert", "msgspec.json.Decoder", "msgspec.msgpack.Decoder"}

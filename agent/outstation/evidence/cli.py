@@ -144,7 +144,7 @@ def _load_operator(file: Path | None, config: FleetConfig) -> SigningKey:
 def _read_witnesses(paths: tuple[Path, ...]) -> tuple[list[tuple[str, bytes]], list[Stamp]]:
     """Return heads (name, content) and time stamps. Raises UsageError."""
     from outstation.evidence.timestamps import stamp
-    from outstation.protocol.wire import log_head
+    from outstation.protocol.documents import log_head
 
     heads = [
         (str(path), input_files.read_input(path, log_head.MAX_BYTES)) for path in paths if path.suffix != stamp.RESPONSE

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from outstation.fleet.enrolment.enrol import read_request
 from outstation.foundation.errors import MessageRefused, UsageError
+from outstation.protocol.documents.enrolment_request import RequestBody, build, parse
 from outstation.protocol.wire import jws
-from outstation.protocol.wire.enrolment_request import RequestBody, build, parse
 from outstation.protocol.wire.keys import SigningKey
 from outstation.workbench.testing.messages import new_key
 

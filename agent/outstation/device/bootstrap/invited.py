@@ -10,10 +10,11 @@ from outstation.device.bootstrap import credentials
 from outstation.device.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from outstation.device.config import BrokerConfig, check_broker
 from outstation.foundation.errors import ConfigError, LinkDown, UsageError, explain
+from outstation.protocol.documents import enrolment_request
 from outstation.protocol.transport import tls
 from outstation.protocol.transport.mqtt import Link
 from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from outstation.protocol.wire import enrolment_request, invitation
+from outstation.protocol.wire import invitation
 from outstation.protocol.wire.invitation import Invitation
 from outstation.protocol.wire.keys import PublicKey
 

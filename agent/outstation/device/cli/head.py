@@ -22,7 +22,7 @@ def head(config_file: str | None, as_json: bool) -> None:
     from outstation.device.health import quote_acknowledgement
     from outstation.device.machine.timekeeping import make_clock
     from outstation.foundation.clock import to_rfc3339
-    from outstation.protocol.wire import log_head
+    from outstation.protocol.documents import log_head
 
     file, conf = device.load_config(config_file)
     key = device.load_key_files(file, conf).load_active()

@@ -16,9 +16,9 @@ import msgspec
 
 from outstation.evidence.format.contents import READ_LIMITS
 from outstation.foundation.errors import MessageRefused
+from outstation.protocol.documents.signed_document import DocumentKind
 from outstation.protocol.wire.keys import parse_public_key
 from outstation.protocol.wire.messages import Natural, Positive, ShortText
-from outstation.protocol.wire.signed_document import DocumentKind
 from outstation.protocol.wire.times import Rfc3339
 
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "manifest.jws"

@@ -25,9 +25,9 @@ from outstation.fleet.audit.coverage import CoverageState
 from outstation.fleet.database.store import DeviceRange
 from outstation.foundation import decoders, durable_files
 from outstation.foundation.errors import MessageRefused, StorageError, UsageError
+from outstation.protocol.documents.signed_document import DocumentKind
 from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey, SigningKey
-from outstation.protocol.wire.signed_document import DocumentKind
 
 _FILE = "checkpoint.json"
 _READ_BYTES = 1 << 20

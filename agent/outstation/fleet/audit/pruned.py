@@ -19,9 +19,9 @@ from outstation.fleet.database.interface import LogId
 from outstation.fleet.database.store import Devices, FleetStore
 from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused
+from outstation.protocol.documents.signed_document import DocumentKind, SignedDocument, SignerLookup
 from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey
-from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument, SignerLookup
 
 
 class PrunedLog(msgspec.Struct, frozen=True):

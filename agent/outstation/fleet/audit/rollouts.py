@@ -17,9 +17,9 @@ from outstation.fleet.database.interface import Connection
 from outstation.fleet.rollout import decisions, desired_state, journal
 from outstation.fleet.rollout.decisions import DecisionBody
 from outstation.foundation.errors import MessageRefused, StorageError
+from outstation.protocol.documents.signed_document import SignerLookup
 from outstation.protocol.wire.jws import Signer, digest
 from outstation.protocol.wire.keys import PublicKey
-from outstation.protocol.wire.signed_document import SignerLookup
 
 
 class RolloutAuditReport(msgspec.Struct):

@@ -37,9 +37,10 @@ from outstation.foundation import clock, durable_files, input_files
 from outstation.foundation.errors import MessageRefused, UsageError
 from outstation.foundation.names import check_name, is_name
 from outstation.foundation.toml_files import encode_value
+from outstation.protocol.documents import enrolment_request
+from outstation.protocol.documents.enrolment_request import EnrolmentRequest
 from outstation.protocol.transport.broker_config import BrokerConfig, check_broker
-from outstation.protocol.wire import enrolment_request, keys
-from outstation.protocol.wire.enrolment_request import EnrolmentRequest
+from outstation.protocol.wire import keys
 from outstation.protocol.wire.keys import PublicKey
 
 # User names at the broker; `_all` cannot be a device id anyway.

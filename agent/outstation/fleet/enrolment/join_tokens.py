@@ -13,7 +13,7 @@ import msgspec
 
 from outstation.foundation import decoders, durable_files, input_files
 from outstation.foundation.errors import UsageError
-from outstation.protocol.wire.enrolment_request import EnrolmentRequest
+from outstation.protocol.documents.enrolment_request import EnrolmentRequest
 from outstation.protocol.wire.keys import b64url_encode
 
 TOKEN_FILE = "join-token.json"

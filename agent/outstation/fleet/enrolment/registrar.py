@@ -22,11 +22,12 @@ from outstation.fleet.enrolment.enrol import check_request, enrol
 from outstation.fleet.enrolment.invitations import OpenInvitation
 from outstation.foundation import clock, durable_files, input_files
 from outstation.foundation.errors import LinkDown, MessageRefused, UsageError
+from outstation.protocol.documents import enrolment_request
+from outstation.protocol.documents.enrolment_request import EnrolmentRequest
 from outstation.protocol.transport import tls
 from outstation.protocol.transport.mqtt import Link
 from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
-from outstation.protocol.wire import enrolment_request, invitation
-from outstation.protocol.wire.enrolment_request import EnrolmentRequest
+from outstation.protocol.wire import invitation
 
 LOCK = "registrar.lock"
 # An honest device sends no wrong request; a token cannot be guessed in as many.

@@ -17,9 +17,9 @@ import msgspec
 from outstation.fleet.export.tables import KINDS, NO_DAY, Filters
 from outstation.foundation import decoders, durable_files, ranges
 from outstation.foundation.errors import MessageRefused, UsageError
+from outstation.protocol.documents.signed_document import SignedDocument, SigningDomain
 from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey, SigningKey
-from outstation.protocol.wire.signed_document import SignedDocument, SigningDomain
 
 MANIFEST, CHUNKS = "manifest.json", "_chunks"
 FORMAT = "outstation-export-1"

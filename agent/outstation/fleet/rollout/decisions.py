@@ -15,9 +15,9 @@ from typing import Any, Literal
 import msgspec
 
 from outstation.foundation.errors import MessageRefused
+from outstation.protocol.documents.signed_document import DocumentKind, SignedDocument, SignerLookup
 from outstation.protocol.wire.desired_state import Name
 from outstation.protocol.wire.keys import SigningKey
-from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument, SignerLookup
 from outstation.protocol.wire.times import Rfc3339
 
 Event = Literal["started", "promoted", "paused", "resumed", "aborted", "finished"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from outstation.fleet.config import FleetConfig
     from outstation.fleet.enrolment.enrol import Enrolment
     from outstation.fleet.repository.create import CreatedRepository
-    from outstation.protocol.wire.enrolment_request import EnrolmentRequest
+    from outstation.protocol.documents.enrolment_request import EnrolmentRequest
 
 
 @click.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")

@@ -21,9 +21,9 @@ from outstation.foundation import input_files
 from outstation.foundation.errors import BadBundle, MessageRefused, UnknownBundle
 from outstation.ml.model.bundle import builtin, manifest
 from outstation.ml.model.bundle.manifest import Manifest
+from outstation.protocol.documents.signed_document import SigningDomain, read_token
 from outstation.protocol.wire import jws
 from outstation.protocol.wire.keys import PublicKey
-from outstation.protocol.wire.signed_document import SigningDomain, read_token
 
 if TYPE_CHECKING:
     from zipfile import ZipFile

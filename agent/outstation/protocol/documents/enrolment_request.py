@@ -25,9 +25,9 @@ from cryptography.x509.oid import NameOID
 
 from outstation.foundation.errors import MessageRefused
 from outstation.foundation.names import is_name
+from outstation.protocol.documents.signed_document import DocumentKind, SignedDocument, read_token
 from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode, parse_public_key
-from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument, read_token
 
 MAX_BYTES = 16 << 10
 

@@ -12,10 +12,10 @@ import msgspec
 
 from outstation.foundation.clock import ClockQuality
 from outstation.foundation.errors import MessageRefused
+from outstation.protocol.documents.signed_document import DocumentKind, SignedDocument
 from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import SigningKey, parse_public_key
 from outstation.protocol.wire.messages import AcknowledgementRef, Natural, ShortText, Uuid
-from outstation.protocol.wire.signed_document import DocumentKind, SignedDocument
 from outstation.protocol.wire.times import Rfc3339
 
 MAX_BYTES = 16 << 10

@@ -1,0 +1,1 @@
+"""Documents that are signed and are no messages: heads of logs, and requests to join a fleet."""
