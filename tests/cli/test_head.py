@@ -16,7 +16,8 @@ from outstation.device.machine.timekeeping import make_clock
 from outstation.device.store import retention
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store
-from outstation.protocol.wire import jws, log_chain, log_head
+from outstation.protocol.documents import log_head
+from outstation.protocol.wire import jws, log_chain
 from outstation.protocol.wire.jws import encode
 from outstation.protocol.wire.messages import AcknowledgementRef
 from outstation.workbench.testing.messages import new_key

@@ -16,7 +16,8 @@ from outstation.evidence.verify.reader import VerificationReport
 from outstation.evidence.verify.stamps import Witnesses
 from outstation.evidence.verify.verify import verify
 from outstation.foundation.errors import MessageRefused
-from outstation.protocol.wire import log_chain, log_head
+from outstation.protocol.documents import log_head
+from outstation.protocol.wire import log_chain
 from outstation.protocol.wire.keys import SigningKey
 from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from tests.kit.evidences import Story, alert, at

@@ -18,7 +18,8 @@ from outstation.fleet.database.gap_ledger import parse_evictions, parse_log_end
 from outstation.fleet.database.interface import LogId
 from outstation.foundation.clock import parse_rfc3339
 from outstation.foundation.errors import MessageRefused
-from outstation.protocol.wire import log_chain, log_head
+from outstation.protocol.documents import log_head
+from outstation.protocol.wire import log_chain
 from outstation.protocol.wire.jws import Signer
 from outstation.protocol.wire.keys import parse_public_key
 from outstation.protocol.wire.messages import LoggedPayload

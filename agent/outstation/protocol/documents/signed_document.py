@@ -47,7 +47,7 @@ class _JsonFile(msgspec.Struct, frozen=True):
 
 
 class SigningDomain:
-    """What the signatures of one kind of document are over.
+    """Domain that the signatures of one kind of document cover.
 
     `template`: the signed domain, in which `{}` stands for what the document belongs to, such as its fleet.
     """
