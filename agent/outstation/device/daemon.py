@@ -35,6 +35,7 @@ from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store
 from outstation.device.uplink.uplink import Uplink
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.errors import (
     BadBundle,
@@ -55,17 +56,17 @@ _TIME_SLICE_S = 1.0
 # Rows of one run after which its memory is given back.
 _MANY_ROWS = 20_000
 _LABELS_SUFFIX = " (evaluating its labels)"
-_MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 3600.0
+_BACKOFF = Backoff(1.0, 3600.0)
 
 
 class _StopRequested(Exception):
     """Raised to stop waiting for a subprocess model while the daemon stops."""
 
 
-class _Backoff(msgspec.Struct, frozen=True):
-    """Back-off after an unexpected error: its length, and its end on the boot-time clock."""
+class _Pause(msgspec.Struct, frozen=True):
+    """Pause after unexpected errors in a row: its end on the boot-time clock."""
 
-    wait_s: float
+    failures: int
     until_s: float
 
 
@@ -126,7 +127,7 @@ class Daemon:
         self._stuck = {failure.task for failure in bundle_failures if not failure.fallback}
         self._unfinished: set[str] = set()
         self._rows_since_release = 0
-        self._backoffs: dict[str, _Backoff] = {}
+        self._pauses: dict[str, _Pause] = {}
         self._space = SpaceManager(
             conf, store, message_log, self._run_early, self._list_stalled_tasks, lambda: self._crowded
         )
@@ -245,7 +246,7 @@ class Daemon:
             if is_throttled or self._updater.rollouts.is_resuming(name):
                 continue
             if self._is_backing_off(name, now):
-                wait = min(wait, self._backoffs[name].until_s - now.boot_s)
+                wait = min(wait, self._pauses[name].until_s - now.boot_s)
                 continue
             busy_s += self._run_if_due(scheduled, now, is_pipelined=not throttled.slow_reason)
             wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
@@ -380,19 +381,20 @@ class Daemon:
         self._back_off(task, "", failure)
 
     def _is_backing_off(self, name: str, now: ClockReading) -> bool:
-        return name in self._backoffs and now.boot_s < self._backoffs[name].until_s
+        return name in self._pauses and now.boot_s < self._pauses[name].until_s
 
     def _back_off(self, task: LoadedTask, suffix: str, error: Exception) -> None:
         """Pause the task for a while, longer each time, so that its error does not stop the daemon."""
-        earlier = self._backoffs.get(task.name + suffix)
-        wait_s = min(2 * earlier.wait_s, _MAX_BACKOFF_S) if earlier else _MIN_BACKOFF_S
-        self._backoffs[task.name + suffix] = _Backoff(wait_s, self._now().boot_s + wait_s)
+        earlier = self._pauses.get(task.name + suffix)
+        failures = earlier.failures + 1 if earlier else 1
+        wait_s = _BACKOFF.wait_s(failures)
+        self._pauses[task.name + suffix] = _Pause(failures, self._now().boot_s + wait_s)
         reason = f"{type(error).__name__}: {error}{suffix}; its readings are kept, and it is retried"
         log.error("task %s: %s in %g s", task.name, reason, wait_s, exc_info=error)
         self._health_reporter.raise_bundle_alert(BundleFailure(task.name, task.config.bundle, reason))
 
     def _clear_backoff(self, name: str, suffix: str) -> None:
-        if self._backoffs.pop(name + suffix, None) is not None:
+        if self._pauses.pop(name + suffix, None) is not None:
             self._health_reporter.clear_bundle_alert(name)
 
     def _process_labels(self) -> float | None:

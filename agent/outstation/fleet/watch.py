@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from outstation.fleet.collector import encryption_keys
-from outstation.fleet.collector.acknowledger import Backoff
+from outstation.fleet.collector.acknowledger import BACKOFF
 from outstation.fleet.collector.encryption_keys import EncryptionKeys
 from outstation.fleet.collector.subscriptions import topic_filters
 from outstation.fleet.database.keyring import Keyring
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation import clock
+from outstation.foundation.backoff import Retries
 from outstation.foundation.errors import LinkDown, MessageRefused, StorageError, UsageError
 from outstation.foundation.text import printable
 from outstation.protocol.transport.broker_config import BrokerConfig
@@ -133,7 +134,7 @@ def receive_deliveries(
 ) -> Iterator[list[IncomingMessage]]:
     """Yield groups of deliveries, at least an empty one each half second; reconnect; end after `seconds` if given."""
     end = None if seconds is None else time.monotonic() + seconds
-    retry = Backoff()
+    retry = Retries(BACKOFF)
     while end is None or time.monotonic() < end:
         try:
             with contextlib.closing(connect()) as link:

@@ -27,6 +27,7 @@ from outstation.device.uplink.acknowledgements import Acknowledgements
 from outstation.device.uplink.meter import TrafficMeter, estimate_bytes
 from outstation.device.uplink.oversize import OversizeAlert
 from outstation.device.uplink.sink import Receipt, Sink
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.errors import LinkDown
 from outstation.protocol.transport.capabilities import MAX_PACKET
@@ -100,10 +101,11 @@ class Session:
         # By an answer of this session: a retained one may be old.
         self.has_collector_answered = False
         self._next_round_s = 0.0
-        self._resend_oldest, self._max_resend_backoff_s = _RESEND_OLDEST, RESEND_BACKOFF_S[1]
+        self._resend_oldest, self._resend_backoff = _RESEND_OLDEST, Backoff(*RESEND_BACKOFF_S)
         if meter is not None:
-            self._resend_oldest, self._max_resend_backoff_s = _METERED_RESEND_OLDEST, _METERED_RESEND_BACKOFF_S
-        self._resend_backoff_s = RESEND_BACKOFF_S[0]
+            self._resend_oldest = _METERED_RESEND_OLDEST
+            self._resend_backoff = Backoff(RESEND_BACKOFF_S[0], _METERED_RESEND_BACKOFF_S)
+        self._resend_backoff_s = self._resend_backoff.first_s
         self._next_resend_s = now.boot_s + self._resend_backoff_s
 
     def enqueue_live(self, message: OutgoingMessage) -> None:
@@ -334,7 +336,7 @@ class Session:
                 sent = [seq for seq in (*oldest, self._last_sent_seq) if seq <= self._last_sent_seq]
                 seqs = dict.fromkeys([*self._sent_early, *sent])
                 self._resend_queue = deque(seq for seq in seqs if seq not in self._held_back)
-            self._resend_backoff_s = min(2 * self._resend_backoff_s, self._max_resend_backoff_s)
+            self._resend_backoff_s = self._resend_backoff.double_s(self._resend_backoff_s)
             self._next_resend_s = now.boot_s + self._resend_backoff_s
 
 
@@ -377,7 +379,7 @@ class LearnedLimit:
         """Note that the broker ended a connection with a message of `largest` bytes under way."""
         if self.bytes == MAX_PACKET:
             is_new = now_s - self._trial_s > self._wait_s
-            self._wait_s = SHORTEST_S if is_new else min(2 * self._wait_s, LONGEST_S)
+            self._wait_s = SHORTEST_S if is_new else Backoff(SHORTEST_S, LONGEST_S).double_s(self._wait_s)
             self._trial_s = now_s + self._wait_s
         self.bytes = min(self.bytes, largest) - 1
 

@@ -22,6 +22,7 @@ from outstation.device.uplink.oversize import OversizeAlert
 from outstation.device.uplink.refusals import Refusals
 from outstation.device.uplink.session import LearnedLimit, Session, find_sent_early
 from outstation.device.uplink.sink import OpenSink, Sink
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.errors import LinkDown, MessageRefused, PacketTooLarge
 from outstation.protocol.transport.packets import IncomingMessage
@@ -269,4 +270,4 @@ class Uplink:
 def backoff(attempt: int, jitter: float) -> float:
     """Return the seconds before the next try; `jitter`, 0 to 1, spreads a fleet that lost its broker together."""
     shortest, first, longest = _BACKOFF_S
-    return shortest + jitter * (min(longest, first * 2.0 ** min(attempt, 10)) - shortest)
+    return shortest + jitter * (Backoff(first, longest).wait_s(attempt + 1) - shortest)

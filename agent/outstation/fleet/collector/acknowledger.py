@@ -6,7 +6,6 @@ It also deletes retained messages where devices retain none: otherwise a device 
 from __future__ import annotations
 
 import logging
-import random
 from typing import Protocol
 
 import msgspec
@@ -14,6 +13,7 @@ import msgspec
 from outstation.fleet.database.interface import LogId
 from outstation.fleet.database.store import Acknowledgement
 from outstation.foundation import clock
+from outstation.foundation.backoff import Backoff
 from outstation.protocol.transport.packets import BrokerLink, OutgoingMessage, PublishReceipt
 from outstation.protocol.wire import jws, topics
 from outstation.protocol.wire.jws import encode
@@ -22,7 +22,7 @@ from outstation.protocol.wire.topics import cloudevent_properties
 
 logger = logging.getLogger(__name__)
 
-MIN_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+BACKOFF = Backoff(1.0, 60.0)
 # A collector stores the messages that it holds within a second, unless its database is slow or it was killed.
 WAIT_S = 2.0
 _MAX_RETAINED = 10_000
@@ -131,18 +131,3 @@ class PendingGaps:
 
     def due_logs(self, now_s: float) -> list[LogId]:
         return [log for log, due_s in self._due_s.items() if due_s <= now_s]
-
-
-class Backoff:
-    """Exponential backoff from 1 s to a minute, with jitter so that many clients do not return at once."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-
-    def next_delay(self) -> float:
-        delay: float = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(self.failures, 10))
-        self.failures += 1
-        return delay * random.uniform(0.5, 1.0)
-
-    def reset(self) -> None:
-        self.failures = 0

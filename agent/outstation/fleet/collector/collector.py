@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from outstation.fleet.collector import encryption_keys
-from outstation.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorLink, PendingGaps
+from outstation.fleet.collector.acknowledger import BACKOFF, Acknowledger, CollectorLink, PendingGaps
 from outstation.fleet.collector.encryption_keys import EncryptionKeys
 from outstation.fleet.collector.leader import LeaderTasks
 from outstation.fleet.collector.quota import DeviceQuotas, Quota
@@ -25,6 +25,7 @@ from outstation.fleet.database.keyring import Keyring
 from outstation.fleet.database.store import Acknowledgement, FleetStore
 from outstation.fleet.incidents.conditions import Certificate
 from outstation.foundation import clock
+from outstation.foundation.backoff import Retries
 from outstation.foundation.errors import (
     LinkDown,
     MessageRefused,
@@ -114,7 +115,7 @@ class Collector:
         self.statistics = CollectorStatistics()
         self._open_link = open_link or self._connect
         self._held: list[_Held] = []
-        self._retry = Backoff()
+        self._retry = Retries(BACKOFF)
         self._retry_at = 0.0
         self._unreported_refusals = 0
         self._pending_gaps = PendingGaps()
@@ -137,7 +138,7 @@ class Collector:
 
         Raises UsageError if collectors share the messages and the broker cannot do that.
         """
-        retry = Backoff()
+        retry = Retries(BACKOFF)
         while not self._stopping:
             try:
                 self._link = self._open_link()
@@ -181,7 +182,7 @@ class Collector:
             self._quotas.collector_count = self._leader_tasks.collector_count
         self._run_upkeep()
 
-    def _collect(self, link: CollectorLink, retry: Backoff) -> None:
+    def _collect(self, link: CollectorLink, retry: Retries) -> None:
         try:
             # The broker sends them again.
             for held in self._held:

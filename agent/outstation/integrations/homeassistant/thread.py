@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.errors import OutstationError
 from outstation.protocol.transport.mqtt import Link
 
 logger = logging.getLogger("outstation.bridge")
 
-_MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
+_BACKOFF = Backoff(1.0, 60.0)
 _STOP_TIMEOUT_S = 5.0
 
 
@@ -66,11 +67,11 @@ class BridgeThread:
                 self._run_session(self)
                 failures = 0
             except OutstationError as error:
-                failures = 1 if time.monotonic() - began > _MAX_BACKOFF_S else failures + 1
+                failures = 1 if time.monotonic() - began > _BACKOFF.longest_s else failures + 1
                 if str(error) != last_problem:
                     logger.warning("%s: %s; trying again until it works", self._name, error)
                 last_problem = str(error)
-                self._stopping.wait(min(_MAX_BACKOFF_S, _MIN_BACKOFF_S * 2.0 ** min(failures - 1, 10)))
+                self._stopping.wait(_BACKOFF.wait_s(failures))
             except Exception:
-                logger.exception("%s: the bridge failed; it starts again in %g s", self._name, _MAX_BACKOFF_S)
-                self._stopping.wait(_MAX_BACKOFF_S)
+                logger.exception("%s: the bridge failed; it starts again in %g s", self._name, _BACKOFF.longest_s)
+                self._stopping.wait(_BACKOFF.longest_s)

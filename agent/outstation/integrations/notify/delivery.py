@@ -7,7 +7,6 @@ sends a byte now and then never exceeds a timeout of single reads, so each deliv
 from __future__ import annotations
 
 import contextlib
-import random
 import smtplib
 import socket
 import ssl
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from outstation.foundation import input_files
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.errors import OutstationError, UsageError, explain
 from outstation.integrations.notify.message import shorten
 
@@ -83,5 +83,5 @@ def describe(error: Exception) -> str:
 
 def backoff_s(failures: int, retry_after_s: float | None = None) -> float:
     """Return seconds until the next attempt: 5 s, 10 s, 20 s … 1 h, less up to half, so that targets do not meet."""
-    delay = min(MIN_DELAY_S * 2.0 ** min(failures - 1, 20), MAX_DELAY_S) * random.uniform(0.5, 1.0)
+    delay = Backoff(MIN_DELAY_S, MAX_DELAY_S).draw_s(failures)
     return min(max(delay, retry_after_s or 0.0), MAX_DELAY_S)

@@ -27,6 +27,7 @@ from outstation.device.intake.sources.program import LongLine, Program
 from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
 from outstation.foundation import decoders
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.errors import ConfigError, StorageFull
 from outstation.foundation.strict_json import check_key_count
 from outstation.foundation.text import printable
@@ -37,7 +38,7 @@ log = logging.getLogger("outstation.exec")
 
 RESTART_COUNTER, SILENCE_COUNTER, FLOOD_COUNTER = "program restarts", "program silent", "program held back"
 LOSS_COUNTER = "program lines lost"
-_RESTART_S = (1.0, 60.0)
+_RESTART = Backoff(1.0, 60.0)
 # A program that ran for this long failed for a new reason: it is started again at once.
 _STEADY_S = 60.0
 _FULL_RETRY_S = 1.0
@@ -87,21 +88,20 @@ class ProgramReader:
         self._is_stopping = asyncio.Event()
 
     async def run(self, submit_rows: SubmitRows) -> None:
-        loop, delay = asyncio.get_running_loop(), _RESTART_S[0]
+        loop, failures = asyncio.get_running_loop(), 0
         while True:
             begin = loop.time()
             problem = await self._run_program(submit_rows)
             if not problem and self._source.every is not None:
-                delay = _RESTART_S[0]
+                failures = 0
                 await asyncio.sleep(max(0.0, begin + float(self._source.every) - loop.time()))
                 continue
-            if loop.time() - begin >= _STEADY_S:
-                delay = _RESTART_S[0]
+            failures = 1 if loop.time() - begin >= _STEADY_S else failures + 1
+            delay = _RESTART.wait_s(failures)
             problem = problem or "it ended; a program that ends on purpose needs `every`"
             self._log.warn(f"{problem}; started again in {delay:g} s")
             self._count(RESTART_COUNTER)
             await asyncio.sleep(delay)
-            delay = min(2 * delay, _RESTART_S[1])
 
     async def _run_program(self, submit_rows: SubmitRows) -> str:
         """Run the program to its end; return why it has to be started again, "" if it succeeded."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from outstation.device.intake.sources.watched_folder import FileState, WatchedFolder
+from outstation.foundation.backoff import Backoff
 
 # A writer that pauses longer has its rows in the next file.
 _WATCH_S = 3600.0
@@ -39,7 +40,7 @@ class FinishedFiles:
         self._next_look_s = 0.0
 
     def add(self, name: str, claimed: str, state: FileState, line: int) -> None:
-        pause_s = min(2 * self._pauses_s.pop(claimed, _FIRST_PAUSE_S / 2), _MAX_PAUSE_S)
+        pause_s = Backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S).double_s(self._pauses_s.pop(claimed, _FIRST_PAUSE_S / 2))
         self._files[name] = FinishedFile(claimed, state, line, time.monotonic(), pause_s)
         if len(self._files) > _MAX_FILES:
             del self._files[next(iter(self._files))]

@@ -29,6 +29,7 @@ from outstation.device.intake.sources import jsonpath
 from outstation.device.intake.sources.unconfirmed import UnconfirmedMessages
 from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.errors import ConfigError, LinkDown
 from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.transport.mqtt import Link
@@ -37,7 +38,7 @@ from outstation.protocol.transport.packets import IncomingMessage
 log = logging.getLogger("outstation.mqtt")
 
 _FULL_RETRY_S = 1.0
-_RECONNECT_S = (1.0, 60.0)
+_RECONNECTION = Backoff(1.0, 60.0)
 # Often enough for the broker's keep-alive.
 _RECEIVE_TIMEOUT_S = 5.0
 _SHUTDOWN_S = 2.0
@@ -116,7 +117,7 @@ class MqttSubscriber:
 
     def _consume(self, submit: SubmitMessages) -> None:
         """Receive messages until `run` ends, reconnecting as needed."""
-        delay = _RECONNECT_S[0]
+        failures = 0
         while not self._stopping.is_set():
             try:
                 link = Link(
@@ -125,7 +126,7 @@ class MqttSubscriber:
                     subscribe=[self._source.topic],
                     session_expiry_s=int(self._source.session_expiry),
                 )
-                self._link, delay = link, _RECONNECT_S[0]
+                self._link, failures = link, 0
                 log.info("%s: subscribed to %s at %s", self._name, self._source.topic, self._source.broker.shown_url)
                 try:
                     self._receive_messages(link, submit)
@@ -134,8 +135,8 @@ class MqttSubscriber:
                     link.close()
             except LinkDown as down:
                 self._warn_once(f"{down}; trying again until it works")
-                self._stopping.wait(delay)
-                delay = min(2 * delay, _RECONNECT_S[1])
+                failures += 1
+                self._stopping.wait(_RECONNECTION.wait_s(failures))
 
     def _receive_messages(self, link: Link, submit: SubmitMessages) -> None:
         waiting: deque[tuple[Future[CommitOutcome], list[IncomingMessage]]] = deque()

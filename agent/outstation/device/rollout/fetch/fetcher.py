@@ -35,6 +35,7 @@ from outstation.device.rollout.fetch.protocol import (
 from outstation.device.rollout.fetch.version_floors import VersionFloors
 from outstation.device.store.store import Store
 from outstation.foundation import clock, decoders
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.day_window import DAY_S
 from outstation.foundation.errors import BadBundle, StorageBusy, StorageFull
@@ -50,7 +51,7 @@ _GRACE_S = 30.0
 # The next worker resumes a download that takes longer.
 _DOWNLOAD_TIMEOUT_S = 3600.0
 _MAX_JITTER_S = 60.0
-_FIRST_RETRY_S, _LONGEST_RETRY_S = 30.0, 6 * 3600.0
+_RETRY = Backoff(30.0, 6 * 3600.0)
 _PERMANENT_ERRORS = frozenset({"Incompatible", "TooLarge", "MissingRoot", "NoSuchTarget"})
 # A roll-out may start before the device's mirror of the repository has the bundle.
 _UNPUBLISHED_ERROR = "NoSuchTarget"
@@ -340,8 +341,7 @@ class Fetcher:
         return 0.0 if is_local else self._rng.uniform(0.0, _MAX_JITTER_S)
 
     def _backoff_s(self, failures: int) -> float:
-        longest_s = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 20))
-        return longest_s * self._rng.uniform(0.5, 1.0)
+        return _RETRY.draw_s(failures, self._rng)
 
     # --- reports ---
 
