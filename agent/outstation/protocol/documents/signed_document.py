@@ -98,7 +98,8 @@ class DocumentKind(SigningDomain, Generic[Body]):
             named = read_signer(body)
         except ValueError as error:
             raise self.refuse(error) from None
-        return body, self.check(document, {named.key.kid: named}.get)
+        self.check(document, {named.key.kid: named}.get)
+        return body, named
 
     def parse(self, payload: bytes) -> Body:
         """Parse a payload, in which no object may have a key twice. Raises MessageRefused."""
