@@ -28,6 +28,7 @@ from outstation.device.intake.sources.exec import ProgramReader
 from outstation.device.recovery.open import open_store
 from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
+from outstation.foundation.backoff import Backoff
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.quantities import Duration
 from outstation.workbench.testing.patience import wait_until
@@ -44,7 +45,7 @@ OPEN = StreamPrivacy()
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program is started again after a twentieth of a second."""
-    monkeypatch.setattr(exec_source, "_RESTART_S", (0.05, 0.2))
+    monkeypatch.setattr(exec_source, "_RESTART", Backoff(0.05, 0.2))
 
 
 @contextmanager
