@@ -102,7 +102,7 @@ def _recover_rollback(db: sqlite3.Connection, current: WatermarkState, saved: Wa
     labels = lost_labels(current, saved)
     if not (skipped or labels):
         return False
-    stored = ranges.from_numbers(row[0] for row in db.execute("SELECT seq FROM outbox WHERE seq > ?", (current.seq,)))
+    stored = ranges.from_numbers(seq for (seq,) in db.execute("SELECT seq FROM outbox WHERE seq > ?", (current.seq,)))
     summary = (
         "The store went back in time: it has lost commits (a truncated write-ahead log, an old copy of the database, "
         "or a disk that reports writes it has not done)."
@@ -214,11 +214,11 @@ def plan_new_log(db: sqlite3.Connection, old_log: str, reason: str) -> None:
 
 def abandon_unknown_log(db: sqlite3.Connection) -> None:
     """Plan a new log for the messages that are left of a log whose id and last seq are lost."""
-    row = db.execute("SELECT payload FROM outbox ORDER BY seq DESC LIMIT 1").fetchone()
-    if row is None:
+    (payload,) = db.execute("SELECT payload FROM outbox ORDER BY seq DESC LIMIT 1").fetchone() or (None,)
+    if payload is None:
         return
     try:
-        old = str(json.loads(row[0])["log"])
+        old = str(json.loads(payload)["log"])
     except (ValueError, KeyError, TypeError):
         old = ""
     meta.put(db, "log", old or str(uuid.uuid4()))
@@ -283,8 +283,9 @@ def _newest_message(db: sqlite3.Connection) -> dict[str, Any]:
     row = db.execute("SELECT seq, CAST(payload AS BLOB) FROM outbox ORDER BY seq DESC LIMIT 1").fetchone()
     if row is None:
         return {}
+    seq, payload = row
     try:
-        return {"seq": int(row[0]), "log": str(json.loads(row[1])["log"]), "digest": digest(row[1])}
+        return {"seq": int(seq), "log": str(json.loads(payload)["log"]), "digest": digest(payload)}
     except (ValueError, KeyError, TypeError):
         return {}
 

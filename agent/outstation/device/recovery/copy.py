@@ -16,7 +16,7 @@ from outstation.device.recovery.raw_pages import DamagedDatabase
 from outstation.device.store import retention, watermark
 from outstation.device.store.outbox import message_crc
 from outstation.device.store.rows import PackedChunk, is_intact
-from outstation.device.store.tables import meta, row_crc
+from outstation.device.store.tables import meta, row_crc, schema
 from outstation.device.store.watermark import WatermarkState
 from outstation.foundation import clock
 from outstation.foundation.text import is_unicode
@@ -51,7 +51,7 @@ class StoreCopy:
 
     def copy_tables(self) -> None:
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
-        others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST_TABLES, *_LAST_TABLES})
+        others = sorted({name for (name,) in names.fetchall()} - {*_FIRST_TABLES, *_LAST_TABLES})
         columns = ["key", "value", "crc"]
         if not set(columns) <= set(self._old.columns("meta")):
             self._old.incomplete_tables.add("meta")
@@ -149,11 +149,11 @@ class StoreCopy:
     def _columns(self, table: str) -> list[str]:
         """Return the columns that both databases have: the old one may be from before a migration."""
         theirs = self._old.columns(table)
-        return [str(row[1]) for row in self._new.execute(f"PRAGMA table_info({table})") if row[1] in theirs]
+        return [name for name in schema.columns_of(self._new, table) if name in theirs]
 
     def _copy_table(self, table: str) -> None:
         columns = self._columns(table)
-        key = [str(row[1]) for row in self._new.execute(f"PRAGMA table_info({table})") if row[5]]
+        key = [name for name, place in schema.columns_of(self._new, table).items() if place]
         if not columns or not {*key, *({"crc"} if table in row_crc.TABLES else ())} <= set(columns):
             self._old.incomplete_tables.add(table)
             return
@@ -185,12 +185,12 @@ class StoreCopy:
         self._new.execute("COMMIT")
 
     def _intact_meta_rows(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        for row in rows:
-            if meta.is_intact(row):
-                yield row
+        for key, *rest in rows:
+            if meta.is_intact((key, *rest)):
+                yield key, *rest
             else:
                 self._old.incomplete_tables.add("meta")
-                self._damaged_keys.add(str(row[0]))
+                self._damaged_keys.add(str(key))
 
     def _copy_streams(self) -> None:
         """Copy names, fields and numbers; lost ones are taken from the watermark."""
@@ -252,7 +252,8 @@ class StoreCopy:
         self._insert("outbox", list(_MESSAGE_COLUMNS), messages)
 
     def _accept_message(self, row: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        seq, parts, crc = row[0], [bytes(part or b"") for part in row[1:5]], row[5]
+        seq, *texts, crc = row
+        parts = [bytes(part or b"") for part in texts]
         if message_crc(seq, *parts) != crc:
             self._seq_gaps.append((seq, seq))
             return None
@@ -262,7 +263,7 @@ class StoreCopy:
 
     def _copy_orphaned_rows(self) -> None:
         """Copy chunks and messages that no tree leads to any more, but whose pages are intact."""
-        names = [str(row[1]) for row in self._new.execute("PRAGMA table_info(chunks)")]
+        names = schema.columns_of(self._new, "chunks")
         self._new.execute("BEGIN")
         for rowid, values in self._old.read_orphaned_rows():
             if len(values) >= 10 and isinstance(values[6], bytes):

@@ -235,7 +235,7 @@ def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
                 with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
                     db.execute("SELECT 1 FROM sqlite_master").fetchone()
             with contextlib.closing(connect_read_only(path)) as db:
-                tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+                tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
                 if not tables and not existed_before:
                     return None
                 if tables and not tables & _REQUIRED_TABLES:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from outstation.device.store.tables import schema
 from outstation.foundation import input_files
 
 PAGE_SIZE = 4096
@@ -163,7 +164,7 @@ class DamagedDatabase:
     def columns(self, table: str) -> list[str]:
         """Return the columns of a table; none if it is missing or unreadable."""
         try:
-            return [str(row[1]) for row in self._db.execute(f"PRAGMA table_info({table})")]
+            return list(schema.columns_of(self._db, table))
         except sqlite3.Error:
             self.incomplete_tables.add(table)
             return []
@@ -178,13 +179,14 @@ class DamagedDatabase:
             has_read = False
             try:
                 for row in self._db.execute(sql, (at,)):
-                    if type(row[0]) is not int or row[0] < at:
+                    rowid, *_ = row
+                    if type(rowid) is not int or rowid < at:
                         raise sqlite3.DatabaseError("rowids run backwards")
                     if failures:
-                        gaps.append((gap, row[0] - 1))
+                        gaps.append((gap, rowid - 1))
                         failures = 0
                     yield row
-                    at, has_read = row[0] + 1, True
+                    at, has_read = rowid + 1, True
                 if failures:
                     gaps.append((gap, last))
                 return

@@ -72,9 +72,10 @@ def _apply(db: sqlite3.Connection, record: Record, done: Replay) -> bool:
             left_out.add(chunk.stream)
             is_complete &= db.execute(_COUNT_SAME, (chunk.stream, chunk.first, chunk.crc)).fetchone()[0] == 1
             continue
-        next_row = next_rows.get(chunk.stream, row[1])
+        name, declared = row
+        next_row = next_rows.get(chunk.stream, declared)
         if next_row < chunk.first:
-            lost.append((str(row[0]), (next_row, chunk.first - 1)))
+            lost.append((str(name), (next_row, chunk.first - 1)))
         next_rows[chunk.stream] = chunk.last + 1
     if not chunks or len(left_out) < len({chunk.stream for chunk in chunks}) or not is_complete:
         journal.apply(db, journal.without_chunks(record, left_out))

@@ -140,7 +140,7 @@ class ClockSegments:
     def previous_boot_end(self) -> tuple[int, int] | None:
         """Return (boot, last known boot time µs) of the boot before this one."""
         rows = [self._db.execute(sql, (self._boot,)).fetchone() for sql in (_LAST_CHUNK, _LAST_SEEN)]
-        return max(((int(row[0]), int(row[1])) for row in rows if row is not None), default=None)
+        return max(((int(boot), int(end)) for boot, end in filter(None, rows)), default=None)
 
     def prune(self) -> None:
         """Delete announced segments of earlier boots that no stored row belongs to."""
@@ -175,7 +175,8 @@ class ClockSegments:
             rows = self._db.execute(
                 f"SELECT {_COLUMNS} FROM checked_clock_segments WHERE boot = ? ORDER BY segment", (self._boot,)
             )
-            self._cache = {row[1]: ClockSegment(*row) for row in rows}
+            segments = (ClockSegment(*row) for row in rows)
+            self._cache = {segment.number: segment for segment in segments}
         return self._cache
 
 

@@ -410,7 +410,7 @@ class JournalView:
                 self._db.execute(f"DROP VIEW checked_{table}")
                 self._db.execute(f"CREATE TEMP VIEW checked_{table} AS SELECT * FROM temp.{table}")
             self._db.execute(_CHUNKS)
-            names = [str(row[1]) for row in self._db.execute("PRAGMA temp.table_info(journal_chunks)")]
+            names = list(schema.columns_of(self._db, "journal_chunks"))
             self._db.execute(
                 "CREATE TEMP TRIGGER add_chunk INSTEAD OF INSERT ON chunks BEGIN INSERT INTO journal_chunks "
                 f"({', '.join(names)}) VALUES ({', '.join(f'new.{name}' for name in names)}); END"

@@ -90,13 +90,13 @@ class LabelStore:
 
     def store_predictions(self, task: str, predictions: StoredPredictions, uptime_s: float) -> None:
         """Store the predictions of a batch that ran at this uptime."""
-        data = pack_predictions(predictions)
+        data, rows = pack_predictions(predictions), predictions.row
         self._budget.spend(len(data) + len(task) + 60)
         values = (
             task,
-            int(predictions.row[0]),
-            int(predictions.row[-1]),
-            len(predictions.row),
+            int(rows[0]),
+            int(rows[-1]),
+            len(rows),
             int(predictions.t[-1]),
             round(uptime_s),
             data,
@@ -166,7 +166,7 @@ class LabelStore:
                 low = int(batch[0]) + 1
         before = "SELECT first_row FROM predictions WHERE task = ? AND first_row < ? ORDER BY first_row DESC LIMIT 2"
         after = "SELECT first_row FROM predictions WHERE task = ? AND first_row >= ? ORDER BY first_row LIMIT 2"
-        return [row[0] for sql in (before, after) for row in self._db.execute(sql, (task, low)).fetchall()]
+        return [first for sql in (before, after) for (first,) in self._db.execute(sql, (task, low))]
 
     def _load_batch(self, task: str, first: int) -> StoredPredictions | None:
         """Unpack a batch; a few are cached, because labels mostly come in order."""
@@ -262,7 +262,7 @@ class LabelStore:
         newest `_MIN_OUTPUT_LABELS`.
         """
         sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
-        oldest = [(task, row[0]) for task in tasks if (row := self._db.execute(sql, (task,)).fetchone()) is not None]
+        oldest = [(task, *row) for task in tasks if (row := self._db.execute(sql, (task,)).fetchone()) is not None]
         if sum(self.newest_number(task) - number + 1 for task, number in oldest) <= capacity:
             return
         # Numbers have gaps where a label was replaced.
@@ -400,7 +400,7 @@ def load_labelled(
 def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> list[int]:
     """Return the numbers of the next labels, of any bundle."""
     sql = "SELECT number FROM labels WHERE task = ? AND number > ? ORDER BY number LIMIT ?"
-    return [int(row[0]) for row in db.execute(sql, (task, max(0, number), limit))]
+    return [following for (following,) in db.execute(sql, (task, max(0, number), limit))]
 
 
 def outcome_counter(task: str, outcome: str) -> str:

@@ -68,8 +68,9 @@ class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 def last_row(db: sqlite3.Connection, stream: str) -> int:
     """Return the number of the newest row of `stream`; 0 if there is none."""
-    row = db.execute("SELECT next_row - 1 FROM checked_streams WHERE name = ?", (stream,)).fetchone()
-    return int(row[0]) if row else 0
+    sql = "SELECT next_row - 1 FROM checked_streams WHERE name = ?"
+    (number,) = db.execute(sql, (stream,)).fetchone() or (0,)
+    return int(number)
 
 
 def read_batch(
@@ -140,5 +141,5 @@ def _chunk_end(db: sqlite3.Connection, stream: str, first_row: int) -> int:
         "SELECT min(first_row) - 1 FROM chunks JOIN checked_streams s ON s.id = stream "
         "WHERE s.name = ? AND first_row > ?"
     )
-    row = db.execute(sql, (stream, first_row)).fetchone()
-    return int(row[0]) if row and row[0] is not None else last_row(db, stream)
+    (end,) = db.execute(sql, (stream, first_row)).fetchone()
+    return last_row(db, stream) if end is None else int(end)

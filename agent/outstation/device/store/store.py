@@ -194,12 +194,12 @@ class Store:
 
     def first_row(self, stream: str) -> int:
         """Return the number of the oldest stored row, or of the next row to come."""
-        row = self._fetch_one(
+        first = self._fetch_scalar(
             "SELECT first_row FROM chunks WHERE stream = (SELECT id FROM checked_streams WHERE name = ?) "
             "ORDER BY first_row LIMIT 1",
             stream,
         )
-        return int(row[0]) if row else self.last_row(stream) + 1
+        return self.last_row(stream) + 1 if first is None else int(first)
 
     def find_row_near(self, stream: str, after: int, begin_us: int, end_us: int) -> int | None:
         """Return the first row after `after` in a chunk that may hold times from `begin_us` to before `end_us`.
@@ -208,13 +208,13 @@ class Store:
         """
         values = {"stream": stream, "after": after, "begin": begin_us, "end": end_us}
         with self._reading():
-            row = self._db.execute(schema.SELECT_ROW_NEAR_TIME, values).fetchone()
-        return None if row is None else int(row[0])
+            (row,) = self._db.execute(schema.SELECT_ROW_NEAR_TIME, values).fetchone() or (None,)
+        return None if row is None else int(row)
 
     def cursor(self, task: str) -> int | None:
         """Return the last row that `task` consumed; None before its first batch."""
-        row = self._fetch_one("SELECT row FROM checked_cursors WHERE task = ?", task)
-        return int(row[0]) if row else None
+        row: int | None = self._fetch_scalar("SELECT row FROM checked_cursors WHERE task = ?", task)
+        return row
 
     def position(self, task: str, stream: str) -> int:
         """Return the row of `stream` after which `task` continues: its cursor, or the row before the oldest one."""
@@ -222,27 +222,25 @@ class Store:
         return self.first_row(stream) - 1 if cursor is None else cursor
 
     def first_consumed(self, task: str) -> int | None:
-        row = self._fetch_one("SELECT first_row FROM checked_cursors WHERE task = ?", task)
-        return int(row[0]) if row else None
+        row: int | None = self._fetch_scalar("SELECT first_row FROM checked_cursors WHERE task = ?", task)
+        return row
 
     def load_state(self, task: str, name: str) -> bytes | None:
-        row = self._fetch_one("SELECT value FROM checked_task_state WHERE task = ? AND name = ?", task, name)
-        return bytes(row[0]) if row else None
+        value = self._fetch_scalar("SELECT value FROM checked_task_state WHERE task = ? AND name = ?", task, name)
+        return None if value is None else bytes(value)
 
     def tasks_with_state(self, name: str) -> list[str]:
         """Return the tasks, also those of an earlier config, that have a state of this name."""
         rows = self._fetch_all("SELECT task FROM checked_task_state WHERE name = ? ORDER BY task", name)
-        return [str(row[0]) for row in rows]
+        return [task for (task,) in rows]
 
     def counters(self) -> dict[str, int]:
         return {str(name): int(n) for name, n in self._fetch_all("SELECT name, n FROM checked_counters")}
 
     def source_position(self, source: str, item: str) -> int:
         """Return how far `source` has read `item` (a file, a client), as committed with its rows; 0 at first."""
-        row = self._fetch_one(
-            "SELECT position FROM checked_source_positions WHERE source = ? AND item = ?", source, item
-        )
-        return int(row[0]) if row else 0
+        sql = "SELECT position FROM checked_source_positions WHERE source = ? AND item = ?"
+        return int(self._fetch_scalar(sql, source, item) or 0)
 
     def categories(self, stream: str, field: str) -> list[str]:
         """Return category texts by code; code 0 is a missing value."""
@@ -329,14 +327,14 @@ class Store:
 
     def used_bytes(self) -> int:
         """Return the bytes of pages in use, without free ones."""
-        pages = int((self._fetch_one("PRAGMA page_count") or (0,))[0])
-        free = int((self._fetch_one("PRAGMA freelist_count") or (0,))[0])
+        pages = int(self._fetch_scalar("PRAGMA page_count") or 0)
+        free = int(self._fetch_scalar("PRAGMA freelist_count") or 0)
         return (pages - free) * PAGE_SIZE
 
     def limit_bytes(self) -> int:
         """Return how many bytes the pages can use: the quota, or the room on the disk if that is less."""
         self.require_in_place()
-        return self._quota_enforcer.limit_bytes(int((self._fetch_one("PRAGMA page_count") or (0,))[0]))
+        return self._quota_enforcer.limit_bytes(int(self._fetch_scalar("PRAGMA page_count") or 0))
 
     def is_disk_full(self) -> bool:
         """Return True if the disk lacks the room without which only vital transactions run. Raises StorageError."""
@@ -350,7 +348,7 @@ class Store:
     def recent_alerts(self, limit: int) -> list[dict[str, Any]]:
         """Return the newest alerts, newest first."""
         rows = self._fetch_all("SELECT body FROM checked_alerts ORDER BY rowid DESC LIMIT ?", limit)
-        return [json.loads(row[0]) for row in rows]
+        return [json.loads(body) for (body,) in rows]
 
     def alerts_after(self, rowid: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
         """Return (rowid, alert) of the stored alerts after a rowid, oldest first."""
@@ -362,7 +360,7 @@ class Store:
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
         """Return the open alerts about a task's data, model and quality, in order of time."""
         rows = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, task_keys.OPEN_ALERT_PREFIX)
-        return sorted((json.loads(row[0]) for row in rows), key=lambda alert: str(alert["time"]))
+        return sorted((json.loads(body) for (body,) in rows), key=lambda alert: str(alert["time"]))
 
     def query(self, query: Callable[..., T], *values: Any) -> T:
         """Run a query that takes the connection first, as those of `labels` do."""
@@ -376,14 +374,15 @@ class Store:
         for name, stream in streams.items():
             fields = [[f.name, f.type] for f in stream.fields]
             row = self._fetch_one("SELECT fields, next_row FROM checked_streams WHERE name = ?", name)
-            if row is not None and watermark.matches_fields(row[0], fields):
-                if watermark.is_placeholder(row[0]):
+            declared, next_row = row or ("", 1)
+            if row is not None and watermark.matches_fields(declared, fields):
+                if watermark.is_placeholder(declared):
                     self._declare_stream(name, fields)
-            elif row is None or row[1] == 1 or (watermark.is_placeholder(row[0]) and self.first_row(name) == row[1]):
+            elif next_row == 1 or (watermark.is_placeholder(declared) and self.first_row(name) == next_row):
                 self._declare_stream(name, fields)
             else:
                 raise UsageError(
-                    f"streams.{name}.fields: the store at {self.path} holds rows with fields {row[0]}; "
+                    f"streams.{name}.fields: the store at {self.path} holds rows with fields {declared}; "
                     "give the changed stream a new name, so that no row is read with the wrong fields"
                 )
 
@@ -455,6 +454,11 @@ class Store:
         with self._reading():
             row: tuple[Any, ...] | None = self._db.execute(sql, values).fetchone()
             return row
+
+    def _fetch_scalar(self, sql: str, *values: Any) -> Any:
+        with self._reading():
+            (value,) = self._db.execute(sql, values).fetchone() or (None,)
+            return value
 
     def _fetch_all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._reading():

@@ -99,16 +99,18 @@ class Transaction:
 
     def latest_time(self, stream: str) -> int | None:
         """Return the latest time of rows that came with one, epoch µs; None if there are none."""
-        row = self._db.execute("SELECT latest_t FROM checked_streams WHERE name = ?", (stream,)).fetchone()
-        return int(row[0]) if row and row[0] is not None else None
+        sql = "SELECT latest_t FROM checked_streams WHERE name = ?"
+        (latest,) = self._db.execute(sql, (stream,)).fetchone() or (None,)
+        return None if latest is None else int(latest)
 
     def set_latest_time(self, stream: str, latest_us: int) -> None:
         self._db.execute(schema.UPDATE_LATEST_TIME, (latest_us, stream))
 
     def next_row(self, stream: str) -> int:
         """Return the number that the next row of `stream` will get."""
-        row = self._db.execute("SELECT next_row FROM checked_streams WHERE name = ?", (stream,)).fetchone()
-        return int(row[0]) if row else 1
+        sql = "SELECT next_row FROM checked_streams WHERE name = ?"
+        (number,) = self._db.execute(sql, (stream,)).fetchone() or (1,)
+        return int(number)
 
     def assign_category_codes(
         self, stream: str, field: str, texts: Sequence[str], *, limit: int, last_row: int
@@ -184,16 +186,16 @@ class Transaction:
     def source_position(self, source: str, item: str) -> int:
         """Return how far `source` has read `item`; 0 before its first position."""
         query = "SELECT position FROM checked_source_positions WHERE source = ? AND item = ?"
-        row = self._db.execute(query, (source, item)).fetchone()
-        return int(row[0]) if row else 0
+        (position,) = self._db.execute(query, (source, item)).fetchone() or (0,)
+        return int(position)
 
     def delete_source_position(self, source: str, item: str) -> None:
         self._db.execute("DELETE FROM source_positions WHERE source = ? AND item = ?", (source, item))
 
     def cursor(self, task: str) -> int:
         """Return the last row that `task` consumed; 0 before its first batch."""
-        row = self._db.execute("SELECT row FROM checked_cursors WHERE task = ?", (task,)).fetchone()
-        return int(row[0]) if row else 0
+        (row,) = self._db.execute("SELECT row FROM checked_cursors WHERE task = ?", (task,)).fetchone() or (0,)
+        return int(row)
 
     def advance_cursor(self, task: str, first: int, last: int) -> None:
         """Move the cursor of `task` to `last`; its first batch also saves `first` as where the task began."""
@@ -211,8 +213,9 @@ class Transaction:
 
     def load_state(self, task: str, name: str) -> bytes | None:
         sql = "SELECT value FROM checked_task_state WHERE task = ? AND name = ?"
-        row = self._db.execute(sql, (task, name)).fetchone()
-        return row[0] if row else None
+        value: bytes | None
+        (value,) = self._db.execute(sql, (task, name)).fetchone() or (None,)
+        return value
 
     def delete_state(self, task: str, name: str) -> None:
         self._db.execute("DELETE FROM task_state WHERE task = ? AND name = ?", (task, name))
@@ -220,9 +223,9 @@ class Transaction:
     def rename_state(self, task: str, name: str, new: str) -> None:
         """Move a value, if there is one, to another name that has none."""
         sql = "SELECT length(value) FROM task_state WHERE task = ? AND name = ?"
-        size = self._db.execute(sql, (task, name)).fetchone()
+        (size,) = self._db.execute(sql, (task, name)).fetchone() or (None,)
         if size is not None:
-            self._budget.spend(2 * (len(task) + len(new)) + int(size[0]) + 32)
+            self._budget.spend(2 * (len(task) + len(new)) + int(size) + 32)
             self._db.execute("UPDATE task_state SET name = ? WHERE task = ? AND name = ?", (new, task, name))
 
     # --- messages ---
@@ -264,8 +267,8 @@ class Transaction:
             self._db.execute(schema.INCREMENT_COUNTER, (name, n))
 
     def counter(self, name: str) -> int:
-        row = self._db.execute("SELECT n FROM checked_counters WHERE name = ?", (name,)).fetchone()
-        return int(row[0]) if row else 0
+        (n,) = self._db.execute("SELECT n FROM checked_counters WHERE name = ?", (name,)).fetchone() or (0,)
+        return int(n)
 
     def get_meta(self, key: str, default: str) -> str:
         return meta.get(self._db, key, default)

@@ -364,9 +364,9 @@ def _split_reason(reason: str, lines: list[int]) -> dict[int, str]:
     reasons: dict[int, str] = {}
     last = lines[0]
     for part in re.split(r"; (?=row \d+ of the columns: |and \d+ more rows$)", reason):
-        if row := re.fullmatch(r"row (\d+) of the columns: (.*)", part, re.DOTALL):
-            last = lines[int(row[1]) - 1]
-            reasons[last] = row[2]
+        if match := re.fullmatch(r"row (\d+) of the columns: (.*)", part, re.DOTALL):
+            last = lines[int(match[1]) - 1]
+            reasons[last] = match[2]
         else:
             reasons[last] = f"{reasons[last]}; {part} of lines {last} to {lines[-1]}" if last in reasons else part
     return reasons

@@ -25,9 +25,10 @@ def get(db: sqlite3.Connection, key: str, default: str) -> str:
     row = db.execute("SELECT key, value, crc FROM meta WHERE key = ?", (key,)).fetchone()
     if row is None:
         return default
+    _, value, _ = row
     if not is_intact(row):
         raise StorageDamaged(f"{_damage_text(key)}; the agent sets the store aside and salvages it when it starts next")
-    return str(row[1])
+    return str(value)
 
 
 def put(db: sqlite3.Connection, key: str, value: str) -> None:
@@ -42,7 +43,7 @@ def find_damage(db: sqlite3.Connection) -> str | None:
     """Return a sentence about the first damaged row, or None. Raises sqlite3.Error."""
     try:
         rows = db.execute("SELECT key, value, crc FROM meta")
-        return next((_damage_text(row[0]) for row in rows if not is_intact(row)), None)
+        return next((_damage_text(key) for key, *rest in rows if not is_intact((key, *rest))), None)
     except sqlite3.OperationalError as error:
         if "Could not decode to UTF-8" not in str(error):
             raise

@@ -81,9 +81,9 @@ def _intact(table: str) -> str:
     return f"row_intact(crc, '{table}', {', '.join(_names(table))})"
 
 
-def _is_intact(crc: Any, *row: Any) -> int:
-    if crc != row_crc(*row):
-        raise _RowDamaged(row[0])
+def _is_intact(crc: Any, table: str, *row: Any) -> int:
+    if crc != row_crc(table, *row):
+        raise _RowDamaged(table)
     return 1
 
 

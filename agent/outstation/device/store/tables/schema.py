@@ -96,10 +96,13 @@ def is_newer(steps: Sequence[str]) -> bool:
 def columns(steps: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """Return the columns of each table after these migrations, each with its place in the primary key, or 0."""
     with contextlib.closing(_make(steps)) as db:
-        tables = [str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        return {
-            table: {str(row[1]): int(row[5]) for row in db.execute(f"PRAGMA table_info({table})")} for table in tables
-        }
+        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        return {table: columns_of(db, table) for (table,) in tables.fetchall()}
+
+
+def columns_of(db: sqlite3.Connection, table: str) -> dict[str, int]:
+    """Return the columns of a table, each with its place in the primary key, or 0; {} if there is no such table."""
+    return dict(db.execute("SELECT name, pk FROM pragma_table_info(?)", (table,)).fetchall())
 
 
 def find_damage(db: sqlite3.Connection, steps: tuple[str, ...]) -> str | None:
