@@ -12,6 +12,7 @@ import pytest
 
 from outstation.fleet.bundle_history import BundleLabelSchema
 from outstation.fleet.database.ingest import Arrival
+from outstation.fleet.database.labelling.labels import LabelledResult
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.labelling import labels
 from outstation.fleet.labelling.labels import LabelOutcome
@@ -147,8 +148,8 @@ def test_each_distinct_text_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> N
     parse = Mock(side_effect=classes.parse)
     monkeypatch.setattr(LabelSchema, "parse", parse)
     schema = BundleLabelSchema(classes, True)
-    rows = [("PEN", "human", text, 0.9, None) for text in ("PEN", "ABD", "made up", None)] * 50
-    accuracy = next(each for each in labels.compute_label_metrics(schema, rows) if each.metric == "accuracy")
+    results = [LabelledResult("PEN", "human", text, 0.9, None, 1) for text in ("PEN", "ABD", "made up", None)] * 50
+    accuracy = next(each for each in labels.compute_label_metrics(schema, results) if each.metric == "accuracy")
     assert (accuracy.n, accuracy.value) == (100, 0.5)
     assert sorted(call.args[0] for call in parse.call_args_list) == ["", "ABD", "PEN", "made up"]
 

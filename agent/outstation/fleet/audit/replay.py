@@ -115,9 +115,9 @@ class Replay:
             derived = self.db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
             stored = store.derived_rows(table, columns, order, devices)
             for row, problem in _compare_tables(table, key_width, stored, derived):
-                if row[0] not in broken:
-                    seq = row[2] if columns[2] in ("seq", "first") else None
-                    yield (row[0], row[1], seq), problem
+                device, log, number, *_ = row
+                if device not in broken:
+                    yield (device, log, number if columns[2] in ("seq", "first") else None), problem
 
     def _apply_operators_words(self, store: FleetStore, devices: Devices) -> None:
         """End the logs that an operator ended: no signed message says so, only the stored row."""
@@ -127,7 +127,8 @@ class Replay:
         words = [row for row in stored if row[-1] == log_succession.OPERATOR and _is_intact(row)]
         if words:
             self.db.bulk_insert("log_successors", words)
-            log_succession.update_live_logs(self.db, {row[0] for row in words}, words[0][4])
+            [(*_, until, _), *_] = words
+            log_succession.update_live_logs(self.db, {device for device, *_ in words}, until)
 
     def _merge_collector_alerts(self, store: FleetStore, devices: Devices) -> None:
         """Add the incidents of alerts that the collector raised, which no device signs."""
@@ -230,7 +231,7 @@ def _name_row(table: str, row: Row) -> str:
 def keep_devices(file: Path, names: Container[Any]) -> None:
     """Delete every device but those in `names` from a file of `Replay`."""
     with contextlib.closing(sqlite3.connect(file)) as db, db:
-        devices = [row[0] for row in db.execute("SELECT DISTINCT device FROM audited")]
+        devices = [device for (device,) in db.execute("SELECT DISTINCT device FROM audited")]
         db.executemany("DELETE FROM audited WHERE device = ?", [(name,) for name in devices if name not in names])
         for table in _TABLES:
             db.execute(f"DELETE FROM {table} WHERE device NOT IN (SELECT device FROM audited)")

@@ -82,7 +82,7 @@ def count_drift_messages(store: FleetStore) -> int:
 
 
 def list_drift_tasks(store: FleetStore) -> list[str]:
-    return [row[0] for row in store.fetch_all(_DRIFT_TASKS)]
+    return [task for (task,) in store.fetch_all(_DRIFT_TASKS)]
 
 
 def load_observed_periods(store: FleetStore, since: str, until: str) -> list[tuple[str, str, str, str, int]]:

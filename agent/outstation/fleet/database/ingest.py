@@ -151,8 +151,9 @@ class IngestBatch:
             return [*added]
         logs = sorted({row[:2] for row, new in zip(rows, added, strict=True) if new})
         rows_of_logs = self._db.execute_each("SELECT through FROM pruned_logs WHERE device = ? AND log = ?", logs)
-        through = {log: row[0] for log, row in zip(logs, rows_of_logs, strict=True) if row is not None}
-        pruned = [new and row[2] <= through.get(row[:2], 0) for row, new in zip(rows, added, strict=True)]
+        through = {log: seq for log, row in zip(logs, rows_of_logs, strict=True) for seq in row or ()}
+        places = zip(rows, added, strict=True)
+        pruned = [new and seq <= through.get((device, log), 0) for (device, log, seq, *_), new in places]
         keys = [row[:3] for row, is_pruned in zip(rows, pruned, strict=True) if is_pruned]
         self._db.executemany("DELETE FROM messages WHERE device = ? AND log = ? AND seq = ?", keys)
         return [new and not is_pruned for new, is_pruned in zip(added, pruned, strict=True)]
@@ -172,7 +173,7 @@ class IngestBatch:
     def _write_refusals(self) -> None:
         names = sorted({_to_storable_text(refusal.device) for refusal in self._refusals})
         enrolled = self._db.execute_each("SELECT device FROM devices WHERE device = ?", [(name,) for name in names])
-        known = {row[0] for row in enrolled if row is not None}
+        known = {device for (device,) in filter(None, enrolled)}
         counted = [(refusal.device if refusal.device in known else "", refusal) for refusal in self._refusals]
         # In order of the counters that all collectors share, so that none waits for the other in turn.
         for device, refusal in sorted(counted, key=lambda entry: (entry[0], entry[1].reason)):

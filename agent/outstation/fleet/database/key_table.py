@@ -75,7 +75,7 @@ def revoke(db: Connection, device: str, kid: str | None, now: str) -> list[str]:
     sql = """
         SELECT kid FROM keys WHERE device = ? AND revoked IS NULL AND (CAST(? AS TEXT) IS NULL OR kid = ?)
         ORDER BY kid"""
-    kids = [str(row[0]) for row in db.execute(sql, (device, kid, kid))]
+    kids = [str(revoked) for (revoked,) in db.execute(sql, (device, kid, kid))]
     if not kids:
         wanted = f"key {kid}" if kid else "key"
         raise UsageError(f"device {device!r} has no {wanted} to revoke; `outstation fleet devices` lists the keys")

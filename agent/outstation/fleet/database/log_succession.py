@@ -63,7 +63,7 @@ def update_live_logs(db: Connection, devices: Iterable[str], now: str) -> None:
         live = find_live_logs([row[:3] for row in logs], db.execute(_SUCCESSORS, (device,)).fetchall())
         changed = [(log in live, device, log) for log, *_, was_live in logs if bool(was_live) != (log in live)]
         db.executemany("UPDATE logs SET live = ? WHERE device = ? AND log = ?", changed)
-        ordered = [row[0] for row in logs if row[0] in live]
+        ordered = [log for log, *_ in logs if log in live]
         for log, *_ in logs:
             _update_alert(db, device, log, ordered[0] if log in ordered[1:] else None, now)
 
@@ -98,7 +98,7 @@ def end_logs(db: Connection, device: str, successor: str, now: str) -> list[str]
     # An earlier word for one of these logs would end the accepted one.
     db.execute("DELETE FROM log_successors WHERE device = ? AND log = ? AND source = ?", (device, successor, OPERATOR))
     _upsert(db, others)
-    return sorted(row[1] for row in others)
+    return sorted(log for _, log, *_ in others)
 
 
 def _upsert(db: Connection, rows: list[Row]) -> None:

@@ -182,5 +182,5 @@ class PostgresqlDatabase:
 
 
 def _read_setting(connection: psycopg.Connection[Any], name: str) -> str:
-    row = connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
-    return str(row[0]) if row else ""
+    (setting,) = connection.execute("SELECT current_setting(%s)", (name,)).fetchone() or ("",)
+    return str(setting)

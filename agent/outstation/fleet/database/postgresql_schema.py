@@ -74,9 +74,8 @@ def _translate(statement: str) -> str:
 
 
 def _read_version(connection: psycopg.Connection[Any], name: str) -> int:
-    exists = connection.execute(_HAS_MIGRATIONS).fetchone()
-    row = connection.execute(_NEWEST_MIGRATION).fetchone() if exists and exists[0] else None
-    version = int(row[0]) if row else 0
+    (exists,) = connection.execute(_HAS_MIGRATIONS).fetchone() or (False,)
+    (version,) = (connection.execute(_NEWEST_MIGRATION).fetchone() if exists else None) or (0,)
     if version > len(MIGRATIONS):
         raise UsageError(f"{name}: created by a newer version of outstation; update it on this machine")
-    return version
+    return int(version)

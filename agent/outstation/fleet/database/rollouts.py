@@ -79,8 +79,8 @@ def load_last_decision(db: Connection, rollout: str) -> tuple[int, bytes] | None
 
 def load_step_start(db: Connection, rollout: str) -> str | None:
     sql = "SELECT time FROM decisions WHERE rollout = ? AND event IN ('started', 'promoted') ORDER BY n DESC LIMIT 1"
-    row = db.execute(sql, (rollout,)).fetchone()
-    return None if row is None else str(row[0])
+    (time,) = db.execute(sql, (rollout,)).fetchone() or (None,)
+    return None if time is None else str(time)
 
 
 def load_aborted(db: Connection, task: str, bundle_digest: str) -> list[tuple[str, str]]:
@@ -106,7 +106,7 @@ def save_desired(db: Connection, row: Sequence[Any]) -> None:
 def list_active_devices(db: Connection) -> list[str]:
     """Return the devices with a key that may sign."""
     sql = "SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND last_seq IS NULL ORDER BY device"
-    return [str(row[0]) for row in db.execute(sql)]
+    return [str(device) for (device,) in db.execute(sql)]
 
 
 def load_devices(db: Connection, rollout: str, task: str, bundle_digest: str) -> list[Row]:

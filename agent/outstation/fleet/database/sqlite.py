@@ -81,7 +81,7 @@ class SqliteConnection(sqlite3.Connection):
         return [self.execute(_INSERT_MESSAGE, row).rowcount > 0 for row in rows]
 
     def payloads(self, keys: Sequence[MessageKey]) -> list[bytes | None]:
-        return [row and row[0] for row in self.execute_each(_PAYLOAD, keys)]
+        return [payload for row in self.execute_each(_PAYLOAD, keys) for payload in row or (None,)]
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
         whole = len(rows) - len(rows) % ROWS_PER_STATEMENT
@@ -122,7 +122,7 @@ class SqliteConnection(sqlite3.Connection):
 
     def revocation_times(self, kids: Sequence[str]) -> dict[str, str | None]:
         rows = self.execute_each("SELECT revoked FROM keys WHERE kid = ?", [(kid,) for kid in kids])
-        return {kid: row[0] for kid, row in zip(kids, rows, strict=True) if row is not None}
+        return {kid: revoked for kid, row in zip(kids, rows, strict=True) for revoked in row or ()}
 
     def update_last_seen(self, devices: Sequence[str], now: str) -> None:
         self.executemany("UPDATE devices SET last_seen = ? WHERE device = ?", [(now, device) for device in devices])

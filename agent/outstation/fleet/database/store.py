@@ -308,12 +308,12 @@ class FleetStore:
     def enrolled_devices(self) -> list[str]:
         """Return every device ever enrolled, in order, without damaged names."""
         rows = self.fetch_all("SELECT device FROM devices ORDER BY device")
-        return [row[0] for row in rows if isinstance(row[0], str)]
+        return [device for (device,) in rows if isinstance(device, str)]
 
     def active_devices(self) -> list[str]:
         """Return the devices with a key that may sign, in order: none that is revoked or retired."""
         rows = self.fetch_all("SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND last_seq IS NULL")
-        return sorted(row[0] for row in rows if isinstance(row[0], str))
+        return sorted(device for (device,) in rows if isinstance(device, str))
 
     def devices(self, *, with_retired: bool = False) -> list[dict[str, Any]]:
         """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock.

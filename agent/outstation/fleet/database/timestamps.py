@@ -183,7 +183,7 @@ class TimestampReconstruction:
         self._db.executemany(_IMPLY_SEGMENTS, [*self._implied_stamp_updates()])
         extended = zip(self._boot_extents, self._db.execute_each(_EXTEND_BOOT, self._boot_extents), strict=True)
         grown = [extent for extent, row in extended if row is not None]
-        trusted = {(row[0], row[1], row[3]) for row in self._anchors if row[-1]}
+        trusted = {(device, log, boot) for device, log, _, boot, *_, is_trusted in self._anchors if is_trusted}
         self._db.executemany(self._db.to_dialect(_UPDATE_BOOT_DISAGREEMENT), sorted(trusted))
         for device, log, low, high in self._spans_to_interpolate(sorted({row[:3] for row in grown} | trusted)):
             names = {"device": device, "log": log, "low": low, "high": high}

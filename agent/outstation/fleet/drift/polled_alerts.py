@@ -9,6 +9,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from operator import itemgetter
 
 import msgspec
 
@@ -87,7 +88,7 @@ class ReferenceAlerts(PolledAlerts):
     def _find_unlike(self) -> dict[tuple[str, str], str]:
         """Return the summary of each device and task whose reference is unlike the others and was not accepted."""
         unlike: dict[tuple[str, str], str] = {}
-        for task, rows in groupby(self._store.learned_references(), key=lambda row: row[1]):
+        for task, rows in groupby(self._store.learned_references(), key=itemgetter(1)):
             devices, accepted = dict[str, dict[str, FieldMoments]](), set[str]()
             for device, _, fields, is_accepted in rows:
                 # The audit names a damaged cell.

@@ -261,7 +261,8 @@ class TableBuilder:
                 else:
                     details, none = result_details(body, payload), (None, None)
                     faults = msgspec.json.encode(body.faults).decode() if body.faults else None
-                    rows = [(*row, *details.get(row[2], none), faults, *provenance) for row in rows]
+                    at = KINDS[name].names.index("row")
+                    rows = [(*row, *details.get(row[at], none), faults, *provenance) for row in rows]
             if filters.task is not None:
                 at = KINDS[name].names.index("task")
                 rows = [row for row in rows if row[at] == filters.task]

@@ -13,8 +13,9 @@ import msgspec
 import numpy as np
 
 from outstation.fleet.database import log_succession
-from outstation.fleet.database.interface import Connection, Row
+from outstation.fleet.database.interface import Connection
 from outstation.fleet.database.labelling import candidates as table
+from outstation.fleet.database.labelling.candidates import UnlabelledResult
 from outstation.fleet.database.labelling.labels import TaskLog
 from outstation.foundation import decoders
 from outstation.foundation.arrays import Float64s, Ints
@@ -75,16 +76,16 @@ def _choose(
     db: Connection, key: TaskLog, last_row: int, rows: int, limit: int, seed: int, turn: int
 ) -> list[LabelRequest]:
     listed = table.load_newest(db, key, last_row, rows)[::-1]
-    labelled = table.load_labelled_rows(db, key, int(listed[0][0])) if listed else set()
-    listed = [row for row in listed if row[0] not in labelled]
+    labelled = table.load_labelled_rows(db, key, listed[0].row) if listed else set()
+    listed = [result for result in listed if result.row not in labelled]
     if not listed:
         return []
-    rows_of = np.array([row[0] for row in listed], np.int64)
+    rows_of = np.array([result.row for result in listed], np.int64)
     results = UnlabelledResults(
-        batch=np.array([row[5] for row in listed], np.int64),
+        batch=np.array([result.seq for result in listed], np.int64),
         doubt=_doubt(listed),
         drift=_drift(db, key, rows_of),
-        predicted=[row[2] for row in listed],
+        predicted=[result.label for result in listed],
     )
     device, task, _ = key
     own_seed = zlib.crc32(f"{seed} {device} {task}".encode())
@@ -92,15 +93,15 @@ def _choose(
     return [_to_request(key, listed[each.index], each.reason, each.strength) for each in chosen]
 
 
-def _to_request(key: TaskLog, row: Row, reason: Reason, strength: float) -> LabelRequest:
-    number, t, label, score, value, seq = row
-    return LabelRequest(*key, number, t, label, score, value, seq, reason, round(strength, 6))
+def _to_request(key: TaskLog, result: UnlabelledResult, reason: Reason, strength: float) -> LabelRequest:
+    row, t, label, score, value, seq = result
+    return LabelRequest(*key, row, t, label, score, value, seq, reason, round(strength, 6))
 
 
-def _doubt(listed: list[Row]) -> Float64s:
+def _doubt(listed: list[UnlabelledResult]) -> Float64s:
     """Return 1 - score of classes; NaN where there is no score."""
-    score = np.array([np.nan if row[3] is None or row[2] is None else row[3] for row in listed], np.float64)
-    return np.asarray(1.0 - score)
+    score = [np.nan if result.label is None or result.score is None else result.score for result in listed]
+    return np.asarray(1.0 - np.array(score, np.float64))
 
 
 def _drift(db: Connection, key: TaskLog, rows: Ints) -> Float64s:

@@ -21,7 +21,7 @@ from outstation.fleet import bundle_history
 from outstation.fleet.bundle_history import BundleLabelSchema, BundleRun
 from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.labelling import labels as label_tables
-from outstation.fleet.database.labelling.labels import Place, TaskLog
+from outstation.fleet.database.labelling.labels import LabelledResult, Place, TaskLog
 from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.performance.estimates import MetricEstimate, compute_metrics
 from outstation.ml.performance.labels import MODEL, VERDICT, Label, count_sources
@@ -127,12 +127,12 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
 
 def _evaluate(db: Connection, key: TaskLog, schemas: _BundleSchemas, output: str) -> OutputEvaluation:
     rows = label_tables.load_labelled_results(db, key, output)
-    judged = [row for row in rows if row[1] != MODEL]
-    model = schemas.runs.get(max((row[5] for row in judged), default=0))
-    of_model = [row for row in judged if schemas.runs.get(row[5]) is model]
+    judged = [result for result in rows if result.source != MODEL]
+    model = schemas.runs.get(max((result.seq for result in judged), default=0))
+    of_model = [result for result in judged if schemas.runs.get(result.seq) is model]
     schema = None if model is None else schemas.find_schema(model, output)
     return OutputEvaluation(
-        sources=count_sources([row[1] for row in rows]),
+        sources=count_sources([result.source for result in rows]),
         metrics=[] if schema is None else compute_label_metrics(schema, of_model),
         model=model,
         other_bundle_labels=len(judged) - len(of_model),
@@ -221,25 +221,27 @@ def metric_rows(
     return [(device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in metrics]
 
 
-def compute_label_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
-    """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
+def compute_label_metrics(schema: BundleLabelSchema, results: Sequence[LabelledResult]) -> list[MetricEstimate]:
+    """Compute the metrics of labelled results; omit labels outside the schema."""
     labels, usable = schema.label_schema, []
     is_classifier = labels.kind in ("classify", "several")
-    texts = {row[0] for row in rows} | ({row[2] or "" for row in rows} if is_classifier else set())
+    texts = {result.label for result in results}
+    if is_classifier:
+        texts |= {result.predicted or "" for result in results}
     parsed = {}
     for text in texts:
         with contextlib.suppress(ValueError):
             parsed[text] = labels.parse(text)
-    for label, _, predicted_label, score, value, *_ in rows:
-        truth, predicted = parsed.get(label), parsed.get(predicted_label or "") if is_classifier else 0.0
-        if truth is not None and predicted is not None and (is_classifier or value is not None):
-            usable.append((truth, predicted, np.nan if score is None else score, value))
-    truths = np.array([row[0] for row in usable], np.float64)
+    for result in results:
+        truth, predicted = parsed.get(result.label), parsed.get(result.predicted or "") if is_classifier else 0.0
+        if truth is not None and predicted is not None and (is_classifier or result.value is not None):
+            usable.append((truth, predicted, np.nan if result.score is None else result.score, result.value))
+    truths = np.array([truth for truth, *_ in usable], np.float64)
     if is_classifier:
-        classes = np.array([row[1] for row in usable], np.int64)
-        scores = np.array([row[2] for row in usable], np.float64)
+        classes = np.array([predicted for _, predicted, *_ in usable], np.int64)
+        scores = np.array([score for *_, score, _ in usable], np.float64)
         return compute_metrics(labels.kind, labels.labels, LabelledPredictions(truths, classes, scores))
-    values, above = np.array([row[3] for row in usable], np.float64), None
+    values, above = np.array([value for *_, value in usable], np.float64), None
     if labels.kind == "anomaly" and schema.threshold is not None:
         above = (values > schema.threshold).astype(np.int64)
     return compute_metrics(labels.kind, labels.labels, LabelledPredictions(truths, above, value=values))

@@ -7,7 +7,7 @@ disagree about a result leave its label open. A verdict is on the model's first 
 
 from __future__ import annotations
 
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -159,10 +159,11 @@ def _replace_metrics(db: Connection, key: TaskLog, now: str) -> None:
     """Compute the metrics of the newest bundle with results that verdicts agree on."""
     device, task, log = key
     rows, metrics = table.load_agreed_results(db, key), list[MetricEstimate]()
-    *_, digest = max(rows, key=itemgetter(5), default=(None,))
+    digest = max(rows, key=attrgetter("seq")).bundle if rows else None
     if digest is not None:
         schema = resolve_label_schema(db, key, digest, [])
-        metrics = [] if schema is None else compute_label_metrics(schema, [row for row in rows if row[6] == digest])
+        of_bundle = [result for result in rows if result.bundle == digest]
+        metrics = [] if schema is None else compute_label_metrics(schema, of_bundle)
     label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
 
 

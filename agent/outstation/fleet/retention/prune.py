@@ -29,7 +29,7 @@ from outstation.foundation import clock
 from outstation.protocol.wire.keys import PublicKey, SigningKey
 
 _MAX_ATTEMPTS = 3
-_LOG, _SEQ = (ALERT_COLUMNS.index(name) for name in ("log", "seq"))
+_DEVICE, _LOG, _SEQ = (ALERT_COLUMNS.index(name) for name in ("device", "log", "seq"))
 
 
 class PrunedCount(msgspec.Struct, frozen=True):
@@ -202,7 +202,7 @@ def _are_former_alerts_intact(last: PrunedDevice | None, retained: Sequence[Sequ
         return True
     former, pruned_through = last.read_alerts(), {log.log: log.through for log in last.statement.logs}
     old = [tuple(row) for row in retained if row[_SEQ] <= pruned_through.get(row[_LOG], 0)]
-    return all(former.get((row[0], row[_LOG], row[_SEQ])) == row for row in old)
+    return all(former.get((row[_DEVICE], row[_LOG], row[_SEQ])) == row for row in old)
 
 
 def _past_rows(last: PrunedDevice | None, table: str, log: str) -> int:

@@ -75,7 +75,7 @@ def verify_chain(
     problems: list[tuple[Any, str]] = []
     prev: str | None = ""
     for position, row in enumerate(rows, 1):
-        n, payload = row[1], row[6]
+        _, n, *_, payload, _ = row
         if n != position:
             problems.append((n, f"is at position {position}: a decision is missing, or was added"))
             prev = None
@@ -91,7 +91,7 @@ def verify_chain(
 def _verify_row(
     rollout: str, row: tuple[Any, ...], prev: str | None, find_signer: SignerLookup
 ) -> tuple[str | None, DecisionBody | None]:
-    payload, token = row[6], row[7]
+    *_, evidence, payload, token = row
     if not isinstance(payload, bytes) or not isinstance(token, str):
         return "payload or jws is not stored as bytes and text", None
     try:
@@ -104,7 +104,7 @@ def _verify_row(
         if stored != signed:
             return f"is stored with {name} {stored!r}, but the signed payload says {signed!r}", None
     try:
-        is_same = msgspec.json.decode(row[5]) == body.evidence
+        is_same = msgspec.json.decode(evidence) == body.evidence
     except (msgspec.MsgspecError, TypeError, ValueError):
         is_same = False
     if not is_same:

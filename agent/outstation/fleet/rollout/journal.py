@@ -51,7 +51,7 @@ def load_rollouts(db: Connection, *, only_open: bool = False) -> list[Rollout]:
 def find(db: Connection, name: str) -> Rollout:
     row = rollouts.find_rollout(db, name)
     if row is None:
-        known = [str(row[0]) for row in rollouts.load_rollouts(db)]
+        known = [str(started) for started, *_ in rollouts.load_rollouts(db)]
         raise UsageError(f"there is no roll-out {name!r}{did_you_mean(name, known, 'none was started yet')}")
     return _rollout_from_row(row)
 
@@ -65,8 +65,7 @@ def save(db: Connection, rollout: Rollout) -> None:
 
 def find_next_place(db: Connection, rollout: str) -> tuple[int, str]:
     """Return number and `prev` of a roll-out's next decision."""
-    row = rollouts.load_last_decision(db, rollout)
-    return decisions.KIND.find_next_place((int(row[0]), row[1]) if row else None)
+    return decisions.KIND.find_next_place(rollouts.load_last_decision(db, rollout))
 
 
 def load_step_start(db: Connection, rollout: str) -> str:

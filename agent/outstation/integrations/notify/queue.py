@@ -110,7 +110,8 @@ class TargetState(msgspec.Struct):
 
 def load_cursor(db: QueueConnection) -> int | None:
     row = db.execute("SELECT cursor FROM notify_cursor WHERE name = ?", (_CURSOR,)).fetchone()
-    return None if row is None else int(row[0])
+    (cursor,) = row or (None,)
+    return None if cursor is None else int(cursor)
 
 
 def save_cursor(db: QueueConnection, cursor: int) -> None:
@@ -120,7 +121,8 @@ def save_cursor(db: QueueConnection, cursor: int) -> None:
 def load_ledger(db: QueueConnection) -> dict[LedgerKey, LedgerEntry]:
     """Return the ledger by (target, alert)."""
     rows = db.execute("SELECT * FROM notify_ledger ORDER BY target, alert").fetchall()
-    return {(row[0], row[1]): LedgerEntry(*row) for row in rows}
+    entries = [LedgerEntry(*row) for row in rows]
+    return {(entry.target, entry.alert): entry for entry in entries}
 
 
 def save_entries(db: QueueConnection, entries: Iterable[LedgerEntry]) -> None:
@@ -150,8 +152,9 @@ def add_message(db: QueueConnection, target: str, key: str, body: bytes, now_s: 
 
 def next_message(db: QueueConnection, target: str) -> QueuedMessage | None:
     """Return the oldest message of a target."""
-    row = db.execute(_NEXT, (target,)).fetchone()
-    return None if row is None else QueuedMessage(row[0], row[1], row[2], bytes(row[3]), row[4], row[5])
+    for name, number, key, body, created, attempts in db.execute(_NEXT, (target,)).fetchall():
+        return QueuedMessage(name, number, key, bytes(body), created, attempts)
+    return None
 
 
 def delete_message(db: QueueConnection, message: QueuedMessage) -> None:

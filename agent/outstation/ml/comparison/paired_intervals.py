@@ -196,13 +196,13 @@ def _mean_ratio(
     """Return a ratio of means on the log scale, from (block, new sum, new count, old sum, old count)."""
     if not rows:
         return None
-    new_sum, old_sum = _array([row[1] for row in rows]), _array([row[3] for row in rows])
-    new_n, old_n = _array([row[2] for row in rows]), _array([row[4] for row in rows])
+    blocks, *columns = zip(*rows, strict=True)
+    new_sum, new_n, old_sum, old_n = map(_array, columns)
     if new_sum.sum() <= 0 or old_sum.sum() <= 0:
         return None
     ratio = float(new_sum.sum() / new_n.sum() / (old_sum.sum() / old_n.sum()))
     influences = new_sum / new_sum.sum() - new_n / new_n.sum() - old_sum / old_sum.sum() + old_n / old_n.sum()
-    width = _HalfWidth.from_influences(influences, [row[0] for row in rows], bursts=bursts)
+    width = _HalfWidth.from_influences(influences, blocks, bursts=bursts)
     if width is None:
         return None
     factor = math.exp(min(50.0, width.half_width))

@@ -64,12 +64,12 @@ def read_status(database: Path, name: str) -> tuple[str, dict[str, str]]:
         if rollouts.find_rollout(db, name) is None:
             return "", {}
         rollout = journal.find(db, name)
-        return rollout.state, {row[0]: row[2] for row in _load_reports(db, rollout)}
+        return rollout.state, {device: phase for device, _, phase, *_ in _load_reports(db, rollout)}
 
 
 def _load_reports(db: Connection, rollout: Rollout) -> list[tuple[Any, ...]]:
     rows = rollouts.load_devices(db, rollout.name, rollout.plan.task, rollout.plan.digest)
-    return [row for row in rows if row[2] is not None]
+    return [(device, key, phase, *others) for device, key, phase, *others in rows if phase is not None]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from outstation.fleet.dashboard.pages.visit import Visit
 from outstation.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object, decode_object
 from outstation.fleet.database.dashboard import history, messages
 from outstation.fleet.database.dashboard import results as result_statements
+from outstation.fleet.database.dashboard.results import StoredResult
 from outstation.fleet.database.interface import Connection
 from outstation.fleet.database.labelling import verdicts as verdict_statements
 from outstation.fleet.database.labelling.verdicts import Verdict
@@ -77,7 +78,7 @@ async def show(visit: Visit) -> Response:
         ranges=RANGES,
         now_us=clock.read().wall_us,
         can_judge=visit.visitor.may("operator"),
-        known_labels=sorted({row[2] for row in loaded["results"] if row[2] is not None}),
+        known_labels=sorted({result.label for result in loaded["results"] if result.label is not None}),
         streams=_streams(health),
         store=as_object(health.get("store")),
         samples=as_object(health.get("samples")),
@@ -109,13 +110,14 @@ def _load_quality(db: Connection, device: str, log: str, task: str) -> list[dict
 
 def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[str, Any]:
     """Return the newest results, which are of one log, and the verdicts on them by row."""
-    rows = result_statements.load_newest(db, device, task.name, _LISTED) if task else []
+    newest = result_statements.load_newest(db, device, task.name, _LISTED) if task else []
     verdicts_by_row: dict[int, list[Verdict]] = {}
-    if task and rows:
-        key = (device, task.name, rows[0][5])
-        verdicts_by_row = verdict_statements.load_for_rows(db, key, [row[0] for row in rows])
-    texts = result_statements.load_outputs(db, device, rows)
-    return {"results": rows, "verdicts": verdicts_by_row, "outputs": {row: decode_object(texts[row]) for row in texts}}
+    if task and newest:
+        key = (device, task.name, newest[0].log)
+        verdicts_by_row = verdict_statements.load_for_rows(db, key, [result.row for result in newest])
+    texts = result_statements.load_outputs(db, device, newest)
+    outputs = {row: decode_object(text) for row, text in texts.items()}
+    return {"results": newest, "verdicts": verdicts_by_row, "outputs": outputs}
 
 
 async def results(visit: Visit) -> Response:
@@ -124,27 +126,27 @@ async def results(visit: Visit) -> Response:
     query = DeviceQuery.parse(device, visit.request.query_params)
     since_us = query.since_us()
 
-    def load(db: Connection) -> tuple[list[Any], bool]:
+    def load(db: Connection) -> tuple[list[StoredResult], bool]:
         return result_statements.load_series(db, device.device, query.task, since_us, _MAX_US, _POINTS)
 
-    rows, sampled = await visit.dashboard.reader.read(load)
-    rows = sorted((row for row in rows if -_MAX_US < row[1] < _MAX_US), key=lambda row: int(row[1]))
-    names = sorted({row[2] for row in rows if row[2] is not None})[:_MAX_LABELS]
+    series, sampled = await visit.dashboard.reader.read(load)
+    series = sorted((result for result in series if -_MAX_US < result.t < _MAX_US), key=lambda result: result.t)
+    names = sorted({result.label for result in series if result.label is not None})[:_MAX_LABELS]
     index = {label: i for i, label in enumerate(names)}
     document = {
-        "t": [row[1] / 1e6 for row in rows],
-        "label": [index.get(row[2]) for row in rows] if names else None,
-        "score": _column(rows, 3),
-        "value": _column(rows, 4),
+        "t": [result.t / 1e6 for result in series],
+        "label": [index.get(result.label or "") for result in series] if names else None,
+        "score": _to_finite([result.score for result in series]),
+        "value": _to_finite([result.value for result in series]),
         "labels": [printable(name) for name in names],
-        "paths": [views.message_path(device.device, row[5], row[6]) for row in rows],
+        "paths": [views.message_path(device.device, result.log, result.seq) for result in series],
         "sampled": sampled,
     }
     return Response(msgspec.json.encode(document), 200, None, "application/json")
 
 
-def _column(rows: list[Any], position: int) -> list[float | None] | None:
-    numbers = [v if (v := row[position]) is not None and math.isfinite(v) else None for row in rows]
+def _to_finite(values: list[float | None]) -> list[float | None] | None:
+    numbers = [value if value is not None and math.isfinite(value) else None for value in values]
     return numbers if any(number is not None for number in numbers) else None
 
 

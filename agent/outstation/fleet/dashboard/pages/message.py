@@ -83,7 +83,7 @@ def _load(db: Connection, device: str, log: str, seq: int) -> dict[str, Any] | N
     payload = message["payload"]
     key = statements.load_key(db, _claimed_kid(message["jws"]))
     near = statements.load_neighbours(db, device, log, seq - _NEIGHBOURS, seq + _NEIGHBOURS)
-    by_seq = {row[0]: row[2] for row in near}
+    by_seq = {n: stored for n, _, stored, _ in near}
     chain = []
     for n, kind, stored, received in near:
         before, body = by_seq.get(n - 1), decode_object(stored)

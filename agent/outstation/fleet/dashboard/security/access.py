@@ -72,8 +72,9 @@ class Access:
         if session:
             now = clock.now_rfc3339()
             row = await self._reader.read(lambda db: accounts.load_session(db, session, now))
-            if row is not None and row[1] in ROLES:
-                return Visitor(row[0], row[1], "session", address, session)
+            name, role = row or ("", "")
+            if role in ROLES:
+                return Visitor(name, role, "session", address, session)
         if self.policy.local_role and is_local(request):
             return Visitor("this machine", self.policy.local_role, "local", address)
         return None

@@ -163,7 +163,7 @@ class FleetState:
     def _load_details(self, db: Connection, names: list[str]) -> None:
         newest = statements.load_newest_logs(db, names)
         logs = {name: row for name, row in zip(names, newest, strict=True) if row is not None}
-        places = [(name, row[0]) for name, row in logs.items()]
+        places = [(name, log) for name, (log, *_) in logs.items()]
         healths = dict(zip(logs, statements.load_newest_health(db, places), strict=True))
         clocks = dict(zip(logs, statements.load_clocks(db, places), strict=True))
         for name in names:
@@ -182,7 +182,8 @@ class FleetState:
         newest = statements.load_newest_quality(db, logs)
         for (name, log), row in zip(logs, newest, strict=True):
             device = self.devices[name]
-            basis = log, row[0] if row is not None else 0, tuple(task.name for task in device.tasks)
+            (seq, *_) = row or (0,)
+            basis = log, seq, tuple(task.name for task in device.tasks)
             # Labels are rare: most refreshes find nothing new.
             if basis != device.quality_basis:
                 device.quality, device.quality_basis = _read_quality(db, name, log, device.tasks), basis

@@ -40,8 +40,9 @@ def load_users(db: Connection) -> list[dict[str, Any]]:
 
 def load_user(db: Connection, name: str) -> tuple[str, str | None] | None:
     """Return (role, password hash) of an account."""
-    row = db.execute("SELECT role, password FROM dashboard_users WHERE name = ?", (name,)).fetchone()
-    return None if row is None else (row[0], row[1])
+    sql = "SELECT role, password FROM dashboard_users WHERE name = ?"
+    row: tuple[str, str | None] | None = db.execute(sql, (name,)).fetchone()
+    return row
 
 
 def save_user(db: Connection, name: str, role: str, password: str | None, now: str) -> None:

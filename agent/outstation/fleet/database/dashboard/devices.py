@@ -37,7 +37,7 @@ def load_heads(db: Connection) -> list[Row]:
 
 def load_active(db: Connection) -> set[str]:
     """Return the devices with a key that may sign."""
-    return {row[0] for row in db.execute(ACTIVE_KEYS)}
+    return {device for (device,) in db.execute(ACTIVE_KEYS)}
 
 
 def load_newest_logs(db: Connection, devices: Sequence[str]) -> list[Row | None]:
@@ -48,7 +48,11 @@ def load_newest_logs(db: Connection, devices: Sequence[str]) -> list[Row | None]
 def load_newest_health(db: Connection, logs: Iterable[tuple[str, str]]) -> list[Row | None]:
     """Return (seq, payload) of the newest health message of each (device, log)."""
     rows = db.execute_each(NEWEST_HEALTH, [*logs])
-    return [None if row is None else (row[0], to_bytes(row[1])) for row in rows]
+    healths: list[Row | None] = []
+    for row in rows:
+        seq, payload = row or (0, None)
+        healths.append(None if payload is None else (seq, to_bytes(payload)))
+    return healths
 
 
 def load_newest_windows(db: Connection, tasks: Iterable[tuple[str, str]]) -> list[Row | None]:

@@ -32,10 +32,9 @@ def load_message(db: Connection, device: str, log: str, seq: int) -> dict[str, A
 
 
 def load_payload(db: Connection, device: str, log: str, seq: int) -> bytes | None:
-    row = db.execute(
-        "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?", (device, log, seq)
-    ).fetchone()
-    return None if row is None else to_bytes(row[0])
+    sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
+    (payload,) = db.execute(sql, (device, log, seq)).fetchone() or (None,)
+    return None if payload is None else to_bytes(payload)
 
 
 def load_neighbours(db: Connection, device: str, log: str, first: int, last: int) -> list[Row]:
@@ -71,8 +70,8 @@ def load_logs(db: Connection, device: str, limit: int) -> list[dict[str, Any]]:
 
 def load_totals(db: Connection) -> tuple[int, int, str | None]:
     """Return the number of logs, the highest sequence numbers added up, and when the last message arrived."""
-    row = db.execute(TOTALS).fetchone()
-    return int(row[0]), int(row[1]), row[2]
+    logs, seqs, arrived = db.execute(TOTALS).fetchone()
+    return int(logs), int(seqs), arrived
 
 
 def count_missing(db: Connection) -> dict[str, int]:

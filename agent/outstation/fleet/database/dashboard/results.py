@@ -7,7 +7,7 @@ each statement has bounds of rows, beyond which those of a replaced store may co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.labelling.labels import TaskLog
@@ -24,28 +24,41 @@ OUTPUTS = "SELECT outputs FROM result_details WHERE device = ? AND log = ? AND s
 _MAX_STEPS = 64
 
 
-def load_newest(db: Connection, device: str, task: str, limit: int) -> list[Row]:
-    """Return (row, t, label, score, value, log, seq) of the newest results, newest first."""
+class StoredResult(NamedTuple):
+    """A result of the first output; `t`: epoch µs."""
+
+    row: int
+    t: int
+    label: str | None
+    score: float | None
+    value: float | None
+    log: str
+    seq: int
+
+
+def load_newest(db: Connection, device: str, task: str, limit: int) -> list[StoredResult]:
+    """Return the newest results, newest first."""
     [newest] = find_newest_logs(db, [(device, task)])
-    return [] if newest is None else db.execute(NEWEST, (device, task, *newest, limit)).fetchall()
+    return [] if newest is None else [*map(StoredResult._make, db.execute(NEWEST, (device, task, *newest, limit)))]
 
 
-def load_outputs(db: Connection, device: str, results: Sequence[Row]) -> dict[int, str]:
-    """Return row → further outputs, as JSON, of results as in `load_newest`."""
-    keys = [(device, log, seq, row) for row, *_, log, seq in results]
+def load_outputs(db: Connection, device: str, results: Sequence[StoredResult]) -> dict[int, str]:
+    """Return row → further outputs, as JSON."""
+    keys = [(device, result.log, result.seq, result.row) for result in results]
     details = db.execute_each(OUTPUTS, keys)
     return {key[3]: str(item[0]) for key, item in zip(keys, details, strict=True) if item and item[0]}
 
 
-def load_last_of_each(db: Connection, tasks: Sequence[tuple[str, str]]) -> list[Row | None]:
-    """Return the newest result of each (device, task), as in `load_newest`."""
+def load_last_of_each(db: Connection, tasks: Sequence[tuple[str, str]]) -> list[StoredResult | None]:
+    """Return the newest result of each (device, task)."""
     # Without a log, no row is below 0.
     logs = [newest or ("", -1) for newest in find_newest_logs(db, tasks)]
-    return db.execute_each(NEWEST, [(*task, *log, 1) for task, log in zip(tasks, logs, strict=True)])
+    rows = db.execute_each(NEWEST, [(*task, *log, 1) for task, log in zip(tasks, logs, strict=True)])
+    return [row and StoredResult._make(row) for row in rows]
 
 
 def load_series(db: Connection, device: str, task: str, since_us: int, until_us: int, points: int) -> tuple[
-    list[Row], bool
+    list[StoredResult], bool
 ]:  # fmt: skip
     """Return up to `points` results between two times, and True if they are a sample at even distances of rows."""
     [newest] = find_newest_logs(db, [(device, task)])
@@ -55,27 +68,28 @@ def load_series(db: Connection, device: str, task: str, since_us: int, until_us:
     key = (device, task, newest[0])
     first_row = _first_row_since(db, key, since_us, last)
     last_row = _first_row_since(db, key, until_us, last) if until_us < last[1] else last[0]
-    rows = db.execute(SPAN, (*key, first_row, last_row, points + 1)).fetchall()
+    rows = [*map(StoredResult._make, db.execute(SPAN, (*key, first_row, last_row, points + 1)))]
     if len(rows) <= points:
         return rows, False
     step = max(1, (last_row - first_row) // points)
     places = [(*key, row, last_row) for row in range(first_row, last_row + 1, step)]
-    sampled: dict[int, Any] = {row[0]: row for row in db.execute_each(POINT, places) if row is not None}
+    sampled = {result.row: result for result in map(StoredResult._make, filter(None, db.execute_each(POINT, places)))}
     return [sampled[row] for row in sorted(sampled)], True
 
 
 def _first_row_since(db: Connection, key: TaskLog, t_us: int, last: Row) -> int:
     """Return the first row whose result is not older than `t_us`; the row after the last one if there is none."""
-    if last[1] < t_us:
-        return int(last[0]) + 1
-    low, high = 0, int(last[0])
+    newest, newest_us = last
+    if newest_us < t_us:
+        return int(newest) + 1
+    low, high = 0, int(newest)
     for _ in range(_MAX_STEPS):
         if low >= high:
             break
         middle = (low + high) // 2
-        row = db.execute(AT_OR_AFTER, (*key, middle, last[0])).fetchone()
-        if row is not None and row[1] < t_us:
-            low = int(row[0]) + 1
+        row, row_us = db.execute(AT_OR_AFTER, (*key, middle, newest)).fetchone() or (middle, t_us)
+        if row_us < t_us:
+            low = int(row) + 1
         else:
             high = middle
     return low

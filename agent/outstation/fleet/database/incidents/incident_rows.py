@@ -110,13 +110,14 @@ def list_arrivals(db: Connection, after: int, limit: int) -> list[tuple[int, Inc
     sql = """
         SELECT rowid, source, device, log, id FROM alerts
         WHERE source IN ('device', 'collector') AND rowid > ? ORDER BY rowid LIMIT ?"""
-    return [(int(row[0]), (row[1], row[2], row[3], row[4])) for row in db.execute(sql, (after, limit))]
+    rows = db.execute(sql, (after, limit))
+    return [(int(rowid), (source, device, log, key)) for rowid, source, device, log, key in rows]
 
 
 def last_arrival(db: Connection) -> int:
     """Return the rowid of the newest message in table alerts, 0 without any."""
     sql = "SELECT max(rowid) FROM alerts WHERE source = ?"
-    return max(row[0] or 0 for row in db.execute_each(sql, [("device",), ("collector",)]))
+    return max(rowid or 0 for (rowid,) in filter(None, db.execute_each(sql, [("device",), ("collector",)])))
 
 
 def _select(values: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.labelling.labels import TaskLog
@@ -31,14 +31,25 @@ _CLASSES = """
     GROUP BY label"""
 
 
+class UnlabelledResult(NamedTuple):
+    """A result of the first output; `t`: epoch µs."""
+
+    row: int
+    t: int
+    label: str | None
+    score: float | None
+    value: float | None
+    seq: int
+
+
 def list_tasks(db: Connection, device: str | None, task: str | None) -> Sequence[tuple[str, str]]:
     """Return (device, task) of all that ever had results, without retired devices."""
     return db.execute(_TASKS, {"device": device, "task": task}).fetchall()
 
 
-def load_newest(db: Connection, key: TaskLog, last_row: int, limit: int) -> list[Row]:
-    """Return (row, t, label, score, value, seq) of the newest results up to `last_row`, newest first."""
-    return db.execute(_NEWEST, (*key, last_row, limit)).fetchall()
+def load_newest(db: Connection, key: TaskLog, last_row: int, limit: int) -> list[UnlabelledResult]:
+    """Return the newest results up to `last_row`, newest first."""
+    return [*map(UnlabelledResult._make, db.execute(_NEWEST, (*key, last_row, limit)))]
 
 
 def load_drifted(db: Connection, key: TaskLog, since_row: int, limit: int) -> list[Row]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from outstation.fleet.database.interface import Connection, Row
+from outstation.fleet.database.interface import Connection
 from outstation.foundation import decoders
 
 _CHUNK_ROWS = 500
@@ -70,9 +70,21 @@ class OutputResult(msgspec.Struct, frozen=True):
         )
 
 
+class LabelledResult(NamedTuple):
+    """A result of one output, with its label and the source of that; `bundle`: its digest, None if unknown."""
+
+    label: str
+    source: str
+    predicted: str | None
+    score: float | None
+    value: float | None
+    seq: int
+    bundle: str | None = None
+
+
 def find_newest_log(db: Connection, device: str, task: str) -> str | None:
-    row = db.execute(_NEWEST_LOG, {"device": device, "task": task}).fetchone()
-    return None if row is None else str(row[0])
+    (log,) = db.execute(_NEWEST_LOG, {"device": device, "task": task}).fetchone() or (None,)
+    return None if log is None else str(log)
 
 
 def load_results(db: Connection, key: TaskLog) -> list[tuple[int, int, int]]:
@@ -84,7 +96,7 @@ def load_results(db: Connection, key: TaskLog) -> list[tuple[int, int, int]]:
 def load_result_labels(db: Connection, key: TaskLog) -> list[str]:
     """Return the distinct labels that the model predicted, sorted."""
     sql = "SELECT DISTINCT label FROM results WHERE device = ? AND task = ? AND log = ? AND label IS NOT NULL"
-    return sorted(row[0] for row in db.execute(sql, key))
+    return sorted(label for (label,) in db.execute(sql, key))
 
 
 def stream_results_messages(db: Connection, device: str, log: str) -> Iterator[tuple[int, bytes]]:
@@ -104,7 +116,7 @@ def load_audit_payloads(db: Connection, device: str, substring: str) -> Iterator
 def load_label_texts(db: Connection, key: TaskLog, output: str, *, except_source: str) -> list[str]:
     """Return the distinct labels stored for an output of the task, except those of one source."""
     sql = "SELECT DISTINCT label FROM labels WHERE device = ? AND task = ? AND log = ? AND output = ? AND source <> ?"
-    return [row[0] for row in db.execute(sql, (*key, output, except_source))]
+    return [label for (label,) in db.execute(sql, (*key, output, except_source))]
 
 
 def load_labels(db: Connection, key: TaskLog) -> dict[Place, tuple[str, str]]:
@@ -124,12 +136,12 @@ def list_labelled_outputs(db: Connection, key: TaskLog) -> list[str]:
     return sorted(output for (output,) in db.execute(sql, key))
 
 
-def load_labelled_results(db: Connection, key: TaskLog, output: str = "") -> list[Row]:
-    """Return (label, source, predicted label, score, value, seq) of each labelled result, in order of rows."""
+def load_labelled_results(db: Connection, key: TaskLog, output: str = "") -> list[LabelledResult]:
+    """Return the labelled results of an output, in order of rows."""
     if not output:
-        return db.execute(_LABELLED_RESULTS, key).fetchall()
+        return [LabelledResult(*row) for row in db.execute(_LABELLED_RESULTS, key)]
     return [
-        (label, source, result.label, result.score, result.value, seq)
+        LabelledResult(label, source, result.label, result.score, result.value, seq)
         for label, source, outputs, seq in db.execute(_LABELLED_OUTPUT, (*key, output))
         for result in [OutputResult.of_further(outputs, output)]
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from outstation.fleet.database.interface import Connection, IncidentKey, Row
-from outstation.fleet.database.labelling.labels import TaskLog
+from outstation.fleet.database.labelling.labels import LabelledResult, TaskLog
 
 _SAVE = """
     INSERT INTO verdicts (device, task, log, row, given_by, verdict, label, predicted, alert, via, note, given)
@@ -145,12 +145,9 @@ def load_for_rows(db: Connection, key: TaskLog, rows: Sequence[int]) -> dict[int
     return verdicts
 
 
-def load_agreed_results(db: Connection, key: TaskLog) -> list[Row]:
-    """Return (label, 'verdict', predicted label, score, value, seq, bundle) of results whose verdicts agree, by row.
-
-    `bundle`: its digest; None if the message was pruned.
-    """
-    return db.execute(_AGREED_RESULTS, key).fetchall()
+def load_agreed_results(db: Connection, key: TaskLog) -> list[LabelledResult]:
+    """Return the results whose verdicts agree, in order of rows; without a bundle if the message was pruned."""
+    return [LabelledResult(*row) for row in db.execute(_AGREED_RESULTS, key)]
 
 
 def count_by_person(db: Connection, device: str | None = None, task: str | None = None) -> list[VerdictCount]:
@@ -173,7 +170,7 @@ def compare_with_scores(
 ) -> list[tuple[str, str, str, str, int, int, float]]:
     """Return (device, task, author, labels or verdicts, number, different from the answer, expected wrong)."""
     rows = db.execute(_COMPARED, {"device": device, "task": task})
-    return [(*row[:4], int(row[4]), int(row[5]), float(row[6])) for row in rows]
+    return [(*key, int(n), int(different), float(expected)) for *key, n, different, expected in rows]
 
 
 def count_own_answers(
@@ -181,4 +178,4 @@ def count_own_answers(
 ) -> list[tuple[str, str, str, int, int]]:
     """Return (device, task, output, labels that are the model's own answers, labels)."""
     rows = db.execute(_OWN_ANSWERS, {"device": device, "task": task})
-    return [(*row[:3], int(row[3]), int(row[4])) for row in rows]
+    return [(*key, int(own), int(n)) for *key, own, n in rows]

@@ -148,8 +148,9 @@ def _is_text(value: str) -> bool:
 
 
 def _read_progress(into: Connection, name: str) -> str | None:
-    row = into.execute(f"SELECT value FROM {PROGRESS_TABLE} WHERE name = ?", (name,)).fetchone()
-    return None if row is None else str(row[0])
+    sql = f"SELECT value FROM {PROGRESS_TABLE} WHERE name = ?"
+    (value,) = into.execute(sql, (name,)).fetchone() or (None,)
+    return None if value is None else str(value)
 
 
 def _require_equal_counts(target: FleetStore, tables: Sequence[CopiedTable]) -> None:
