@@ -23,8 +23,8 @@ import msgspec
 
 from outstation.device.config.config import Config
 from outstation.fleet.config import FleetConfig
-from outstation.foundation.quantities import Duration, Size
-from outstation.foundation.toml_files import Section
+from outstation.foundation.config.quantities import Duration, Size
+from outstation.foundation.config.toml_files import Section
 from scripts.kit.usage import answer_help
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"

@@ -11,7 +11,7 @@ import pytest
 
 from outstation.device.uplink.meter import TrafficMeter
 from outstation.foundation.clock import ClockReading
-from outstation.foundation.quantities import Size
+from outstation.foundation.config.quantities import Size
 from outstation.protocol.transport.broker_config import MeteredConfig
 from tests.device.pipeline.test_relearn import Site, work
 from tests.kit.commands import call_outstation

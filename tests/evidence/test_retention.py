@@ -9,7 +9,7 @@ import pytest
 
 from outstation.fleet.database.maintenance.retention import Retention
 from outstation.fleet.retention.prune import prune
-from outstation.foundation.quantities import Duration
+from outstation.foundation.config.quantities import Duration
 from outstation.protocol.wire import keys
 from outstation.workbench.testing.messages import FLEET
 from tests.kit.evidences import HOUR_US, T0_US, Story, activated, health

@@ -23,7 +23,7 @@ from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation import clock
 from outstation.foundation.clock import ClockQuality, ClockReading
-from outstation.foundation.quantities import Duration
+from outstation.foundation.config.quantities import Duration
 from outstation.protocol.wire import jws
 from outstation.protocol.wire.keys import SigningKey
 from outstation.protocol.wire.verification import VerifiedMessage, verify_message

@@ -11,7 +11,7 @@ import pytest
 
 from outstation.device import config
 from outstation.fleet import config as fleet_config
-from outstation.foundation.quantities import decode_quantity
+from outstation.foundation.config.quantities import decode_quantity
 from scripts import config_documents
 from scripts.config_documents import Part
 

@@ -17,6 +17,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from outstation.device.config.sources import SOURCES
+from outstation.integrations.notify.config import TARGETS
+
 # A fork has imported everything.
 pytestmark = pytest.mark.exec
 
@@ -99,6 +102,8 @@ PURE = {
     "protocol.wire": {"cryptography", "msgspec"},
 }
 KEY_FILES = "outstation.protocol.wire.keys"
+PLUGINS = "outstation.foundation.config.plugins"
+GROUPS = {"outstation.device.config.sources": SOURCES, "outstation.integrations.notify.config": TARGETS}
 COMPUTED = "a module whose name is computed"
 SYSTEM = {
     "asyncio", "ctypes", "fcntl", "glob", "http", "io", "logging", "multiprocessing", "os", "pathlib", "random",
@@ -352,9 +357,16 @@ def test_few_rooms_know_each_other() -> None:
     assert len({(here, there) for here, there in known if there not in ("", here)}) <= MOST_ARROWS
 
 
-def test_only_the_command_line_computes_what_it_imports() -> None:
+def test_only_the_command_line_and_plugins_compute_what_they_import() -> None:
     computed = [imported for imported in all_imports() if imported.target == COMPUTED]
-    assert [str(imported) for imported in computed if ".cli." not in imported.module] == []
+    assert {imported.module for imported in computed if ".cli." not in imported.module} == {PLUGINS}
+
+
+@pytest.mark.parametrize("home", GROUPS)
+def test_the_table_of_a_group_of_plugins_names_modules_of_lower_rooms(home: str) -> None:
+    named = [module for module in GROUPS[home].modules.values() if module is not None]
+    assert named
+    assert [module for module in named if module not in MODULES or climbs(Import(home, module, 1))] == []
 
 
 @pytest.mark.parametrize("library", ONLY)

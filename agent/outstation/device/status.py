@@ -15,7 +15,7 @@ from outstation.device.batch_parts import deadline, drift_state, joined_streams
 from outstation.device.bundles import history, overrides, rollout_state
 from outstation.device.capacity import space
 from outstation.device.config import Config, StreamConfig
-from outstation.device.config.sources import ExecSource
+from outstation.device.config.sources import SOURCES, ExecSource
 from outstation.device.machine.throttle import Throttle
 from outstation.device.machine.timekeeping import build_report, make_clock
 from outstation.device.pipeline import relearn, tuning_cache
@@ -62,7 +62,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
                 "late_rows": counters.get(f"rows late.{name}", 0),
                 "step_rows": counters.get(f"rows step.{name}", 0),
                 "out_of_order_rows": counters.get(f"rows out of order.{name}", 0),
-                **_describe_program(stream, counters, name),
+                **_count_restarts(stream, counters, name),
                 "last": _describe_last_row(store, name, stream, now),
             }
             for name, stream in conf.streams.items()
@@ -105,8 +105,13 @@ def limit_status(document: Mapping[str, Any], message_log: MessageLog) -> dict[s
     return {**document, "tasks": tasks, "alerts": alerts}
 
 
-def _describe_program(stream: StreamConfig, counters: Mapping[str, int], name: str) -> dict[str, int]:
-    """Count how often a stream's program was started again, silent and held back; its lost lines; {} without one."""
+def _count_restarts(stream: StreamConfig, counters: Mapping[str, int], name: str) -> dict[str, int]:
+    """Count how often a program, or a source of another package, was started again; {} for other sources.
+
+    A program may also be silent, be held back, or lose lines.
+    """
+    if not SOURCES.is_shipped(stream.source.kind):
+        return {"source_restarts": counters.get(f"source restarts.{name}", 0)}
     if not isinstance(stream.source, ExecSource):
         return {}
     kinds = {"restarts": "restarts", "silences": "silent", "floods": "held back", "losses": "lines lost"}

@@ -13,13 +13,13 @@ from msgspec.structs import replace
 from outstation.fleet.collector.quota import Quota
 from outstation.fleet.database.interface import MAX_PARTITIONS, is_postgresql
 from outstation.fleet.database.maintenance.retention import MIN_RETENTION_S, Retention
+from outstation.foundation.config.toml_files import Section, read
 from outstation.foundation.errors import ConfigError, UsageError
 from outstation.foundation.names import check_name
 from outstation.foundation.text import mask_password
-from outstation.foundation.toml_files import Section, read
 from outstation.integrations.homeassistant import config as homeassistant
 from outstation.integrations.homeassistant.config import HomeAssistantConfig
-from outstation.integrations.notify.config import NotifyConfig, check_notify
+from outstation.integrations.notify.config import TARGETS, NotifyConfig, check_notify
 from outstation.integrations.sparkplug import config as sparkplug
 from outstation.integrations.sparkplug.config import SparkplugConfig
 from outstation.protocol.transport.broker_config import BrokerConfig, check_broker
@@ -227,7 +227,7 @@ def load(folder: Path) -> FleetConfig:
     if not path.exists():
         problem = "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
         raise ConfigError(str(path), "", problem)
-    config = read(path, FleetConfig, strangers=_STRANGERS)
+    config = read(path, FleetConfig, strangers=_STRANGERS, plugins={"notify.targets.*": TARGETS})
     check_name(str(path), "fleet.name", config.fleet.name)
     for task in config.fleet.tasks:
         check_name(str(path), "fleet.tasks", task)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from outstation.foundation.toml_files import did_you_mean, encode_key, encode_value
+from outstation.foundation.config.toml_files import did_you_mean, encode_key, encode_value
 
 
 @pytest.mark.parametrize(

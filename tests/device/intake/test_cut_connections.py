@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from outstation.device.config.streams import FieldConfig, StreamConfig
 from outstation.device.intake.listener import load_token
-from outstation.foundation.quantities import Duration
+from outstation.foundation.config.quantities import Duration
 from outstation.ml.performance.labels import LabelSchema, LabelTarget
 from outstation.protocol.client import _encode_frame
 from outstation.workbench.testing.broker import free_port

@@ -27,7 +27,7 @@ from outstation.device.intake.row_history import (
 from outstation.device.store.quota import PAGE_SIZE
 from outstation.device.store.rows import RawColumns, Rows, validate_columns
 from outstation.foundation.clock import ClockReading
-from outstation.foundation.quantities import Duration
+from outstation.foundation.config.quantities import Duration
 from tests.kit.stations import T0, Station, conf
 
 PAIR = StreamConfig(fields=[FieldConfig(name="a"), FieldConfig(name="b", optional=True)])

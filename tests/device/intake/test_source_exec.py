@@ -29,8 +29,8 @@ from outstation.device.recovery.open import open_store
 from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
 from outstation.foundation.backoff import Backoff
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration
 from outstation.workbench.testing.patience import wait_until
 from tests.kit.stations import T0, Station, conf
 

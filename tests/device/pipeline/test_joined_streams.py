@@ -26,8 +26,8 @@ from outstation.device.store.row_batch import RowBatch
 from outstation.device.store.rows import Rows
 from outstation.fleet.cli.disclosed import compare_joined
 from outstation.foundation.clock import ClockReading
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import UsageError
-from outstation.foundation.quantities import Duration
 from outstation.ml.model.activation import LoadedBundle
 from outstation.ml.model.bundle import bundle
 from outstation.ml.model.inference import features, runtime

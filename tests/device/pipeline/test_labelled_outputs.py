@@ -23,7 +23,7 @@ from outstation.device.store import predictions
 from outstation.device.store.message_log import PendingMessage
 from outstation.device.store.predictions import output_key
 from outstation.foundation.clock import ClockReading
-from outstation.foundation.quantities import Duration
+from outstation.foundation.config.quantities import Duration
 from outstation.ml.model.bundle.bundle import Bundle
 from outstation.ml.model.inference.inference import InferenceResult
 from outstation.ml.performance.labels import parse_label

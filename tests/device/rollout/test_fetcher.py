@@ -17,8 +17,8 @@ from outstation.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, Fetc
 from outstation.device.rollout.fetch.version_floors import VersionFloors
 from outstation.device.store.transaction import Transaction
 from outstation.foundation.clock import ClockReading
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import StorageFull
-from outstation.foundation.quantities import Duration
 from outstation.protocol.wire.desired_state import DesiredBundle
 from outstation.workbench.testing.patience import wait_until
 from tests.kit.update_repositories import ARCHIVE, Signed

@@ -17,8 +17,8 @@ from outstation.device.config.tasks import TaskConfig
 from outstation.device.rules import batch_rules, rule_store
 from outstation.device.rules.batch_results import BatchResults
 from outstation.device.rules.batch_rules import TaskRuleStates
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import StorageFull
-from outstation.foundation.quantities import Duration
 from outstation.ml.drift.state import DriftState
 from outstation.protocol.wire.messages import AlertPayload, ResultsPayload
 from scripts.kit.bundles import ANOMALY, CENTRES, CLASSIFY, FLOAT, REGRESS, SEVERAL, Floats, Recipe, activated

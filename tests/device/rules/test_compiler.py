@@ -8,8 +8,8 @@ import pytest
 
 from outstation.device.config.alert_rules import AlertRuleConfig
 from outstation.device.rules import compiler, sentences
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration
 from outstation.ml.model.activation import LoadedBundle
 from outstation.ml.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
 from scripts.kit.bundles import ANOMALY, CLASSIFY, FLOAT, REGRESS, SEVERAL, VECTORS, activated

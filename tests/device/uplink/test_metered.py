@@ -25,8 +25,8 @@ from outstation.fleet.collector.collector import Collector
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation import clock
 from outstation.foundation.clock import ClockReading
+from outstation.foundation.config.quantities import Duration, Size, decode_quantity
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration, Size, decode_quantity
 from outstation.protocol.transport.broker_config import BrokerConfig, MeteredConfig, UplinkBrokerConfig
 from outstation.protocol.transport.mqtt import Link
 from outstation.protocol.transport.packets import IncomingMessage

@@ -26,8 +26,8 @@ from outstation.fleet.export.export import export
 from outstation.fleet.export.tables import KINDS, NO_DAY, Filters
 from outstation.fleet.retention.prune import prune
 from outstation.foundation import clock, durable_files
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import UsageError
-from outstation.foundation.quantities import Duration
 from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 
 NOW = "2025-11-25T12:00:00.000000Z"

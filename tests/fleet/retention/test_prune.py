@@ -26,8 +26,8 @@ from outstation.fleet.database.store import FleetStore
 from outstation.fleet.enrolment.enrol import init_fleet
 from outstation.fleet.retention.prune import PruneReport, prune
 from outstation.foundation import clock
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration
 from outstation.protocol.transport.broker_config import BrokerConfig
 from outstation.workbench.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from outstation.foundation.config.toml_files import Section, read
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.toml_files import Section, read
 from outstation.integrations.notify.config import EmailTarget, NotifyConfig, WebhookTarget, check_notify
 
 GOOD = """

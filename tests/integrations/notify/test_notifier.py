@@ -25,8 +25,8 @@ from outstation.fleet.database.store import FleetStore
 from outstation.fleet.incidents import incidents
 from outstation.fleet.incidents.notify_source import NOTIFIER_JOB, FleetAlertSource, open_source
 from outstation.foundation import clock
+from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import StorageError
-from outstation.foundation.quantities import Duration
 from outstation.integrations.notify import delivery, queue
 from outstation.integrations.notify import notifier as notifying
 from outstation.integrations.notify.alert_state import AlertSource, AlertState

@@ -101,7 +101,7 @@ def test_a_secret_that_any_user_may_read_or_replace_is_exposed(tmp_path: Path, r
     file.write_text("s3cret\n")
     target = WebhookTarget(url="https://example.org", secret_file=str(file))
     file.chmod(0o640 | right)
-    assert find_exposed_secret(target) == str(file)
+    assert find_exposed_secret(target) == file
     file.chmod(0o640)
     assert find_exposed_secret(target) is None
 

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from outstation.fleet.audit.report import AuditReport
-from outstation.foundation.quantities import decode_quantity
+from outstation.foundation.config.quantities import decode_quantity
 from outstation.workbench.testing.simulation.attribution import EFFECTS, Attribution, RaisedAlert, attribute
 from outstation.workbench.testing.simulation.runner import Injected, Outcome
 from outstation.workbench.testing.simulation.scenario import AnyEvent, CollectorOutage, Scenario

@@ -20,11 +20,12 @@ from outstation.device.commands.key_rotation import KeyRotation
 from outstation.device.commands.receiver import CommandReceiver
 from outstation.device.commands.wipe import Wipe
 from outstation.device.config import Config
+from outstation.device.config.sources import SOURCES
 from outstation.device.daemon import Daemon, Notifier, ReadingSender
 from outstation.device.health import BundleFailure
+from outstation.device.intake.restarted_source import RestartedSource
 from outstation.device.intake.server import Intake
-from outstation.device.intake.source import Source, SourceContext
-from outstation.device.intake.sources.registry import source_module
+from outstation.device.intake.source import Source, SourceContext, load_source_module
 from outstation.device.machine import certificate, secret_file
 from outstation.device.machine.timekeeping import make_clock
 from outstation.device.machine.trusted_keys import TrustedKeys
@@ -103,8 +104,11 @@ def _load_previous(
 def build_sources(file: Path, conf: Config, store: Store) -> list[Source]:
     sources: list[Source] = []
     for name, stream in conf.streams.items():
-        if (module := source_module(stream.source)) is not None:
-            sources.append(module.build(SourceContext(str(file), conf, name), stream.source, store))
+        context = SourceContext(str(file), conf, name)
+        if (module := load_source_module(context)) is None:
+            continue
+        build = partial(module.build, context, stream.source, store)
+        sources.append(build() if SOURCES.is_shipped(stream.source.kind) else RestartedSource(name, build, store))
     return sources
 
 

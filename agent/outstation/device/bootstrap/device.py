@@ -23,9 +23,9 @@ from outstation.device.recovery.report_findings import report_findings
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import DATABASE, Store
 from outstation.foundation import input_files
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import StorageError, UsageError
 from outstation.foundation.owner import become_owner
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.wire import keys
 from outstation.protocol.wire.privacy import field_privacy
 from outstation.protocol.wire.privacy.field_privacy import FieldPrivacy

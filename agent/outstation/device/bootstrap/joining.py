@@ -27,9 +27,9 @@ from outstation.device.recovery.open import open_store
 from outstation.device.recovery.open_files import LOCK
 from outstation.device.store.store import DATABASE
 from outstation.foundation import durable_files, input_files
+from outstation.foundation.config.toml_files import encode_value
 from outstation.foundation.errors import ConfigError, StorageBusy, UsageError, explain
 from outstation.foundation.owner import become_owner, give_files
-from outstation.foundation.toml_files import encode_value
 from outstation.protocol.wire import keys
 
 CONFIG_FILE, CERTIFICATE_FILE = "outstation.toml", "device.crt"

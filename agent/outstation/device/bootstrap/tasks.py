@@ -26,8 +26,8 @@ from outstation.device.store import task_keys
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store
 from outstation.foundation import media
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.drift.monitor import DriftMonitor
 from outstation.ml.drift.monitor_settings import MonitorSettings
 from outstation.ml.model import activation

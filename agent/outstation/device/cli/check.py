@@ -23,8 +23,7 @@ from outstation.device.cli.cost import build_document as build_cost
 from outstation.device.cli.status import format_metered
 from outstation.device.config import Config, SamplesConfig, UpdatesConfig
 from outstation.device.intake import feedback_loops
-from outstation.device.intake.source import SourceContext
-from outstation.device.intake.sources.registry import source_module
+from outstation.device.intake.source import SourceContext, load_source_module
 from outstation.device.machine import schedule, schedule_text
 from outstation.device.machine.certificate import choose_certificate, read_end
 from outstation.device.machine.timekeeping import build_report, make_clock, trusted_time_us
@@ -113,8 +112,8 @@ def _check_values(file: Path, conf: Config) -> Iterator[CheckResult]:
 
 def _check_sources(file: Path, conf: Config) -> Iterator[CheckResult]:
     for name, stream in conf.streams.items():
-        if (module := source_module(stream.source)) is not None:
-            context = SourceContext(str(file), conf, name)
+        context = SourceContext(str(file), conf, name)
+        if (module := load_source_module(context)) is not None:
             yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
 
 
@@ -228,7 +227,7 @@ def _check_target(name: str, target: Target) -> CheckResult:
     """Check what a target needs here; `outstation notify test` sends a message."""
     from outstation.integrations.notify import sending
 
-    result = _run_check(f"notify {name}", lambda: sending.check(target))
+    result = _run_check(f"notify {name}", lambda: sending.load_module(target).check(target))
     if result.state == "ok" and (exposed := sending.find_exposed_secret(target)):
         return CheckResult(result.name, "warning", f"{exposed}: every user of this machine can read it; chmod 600")
     return result

@@ -29,6 +29,7 @@ _STREAM_COUNTS = {
     "late_rows": "late rows rejected",
     "step_rows": "rows rejected by max_step",
     "out_of_order_rows": "rows out of order accepted",
+    "source_restarts": "restarts of the source after a failure",
     "program_restarts": "restarts of the program",
     "program_silences": "times killed because it was silent",
     "program_floods": "times held back by max_rate",

@@ -27,9 +27,9 @@ from outstation.device.store.store import Store
 from outstation.device.store.transaction import Transaction
 from outstation.foundation import decoders
 from outstation.foundation.clock import ClockReading
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import BadBundle, ConfigError, RowRejected
 from outstation.foundation.names import is_name
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.wire.commands import DEFAULT_SCHEDULE
 
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any, NoReturn, Self
 
 import msgspec
 
+from outstation.foundation.config.quantities import Duration, parse_duration
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.names import is_name
-from outstation.foundation.quantities import Duration, parse_duration
-from outstation.foundation.toml_files import Section, did_you_mean
 from outstation.protocol.alerts.alert import Severity
 
 MAX_RULES = 32

@@ -24,17 +24,17 @@ from outstation.device.config.device import (
     check_intake,
 )
 from outstation.device.config.samples import SamplesConfig
-from outstation.device.config.sources import FilesSource
+from outstation.device.config.sources import SOURCES, FilesSource
 from outstation.device.config.streams import StreamConfig, check_stream, with_media_fields
 from outstation.device.config.tasks import TaskConfig, check_task
 from outstation.device.config.updates import UpdatesConfig
-from outstation.foundation import toml_files
+from outstation.foundation.config import toml_files
+from outstation.foundation.config.quantities import Size
+from outstation.foundation.config.toml_files import Section
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Size
-from outstation.foundation.toml_files import Section
 from outstation.integrations.homeassistant import config as homeassistant
 from outstation.integrations.homeassistant.config import HomeAssistantConfig
-from outstation.integrations.notify.config import NotifyConfig, check_notify
+from outstation.integrations.notify.config import TARGETS, NotifyConfig, check_notify
 from outstation.protocol.transport.broker_config import MQTT_SCHEMES, UplinkBrokerConfig, check_broker, check_metered
 
 _STRANGERS = {
@@ -73,7 +73,8 @@ class Config(Section, frozen=True):
 
 def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     """Load and check a device config; `[broker] url` has one of the `schemes`. Raises ConfigError."""
-    config, file = toml_files.read(path, Config, strangers=_STRANGERS), str(path)
+    plugins = {"streams.*.source": SOURCES, "notify.targets.*": TARGETS}
+    config, file = toml_files.read(path, Config, strangers=_STRANGERS, plugins=plugins), str(path)
     check_device(file, config.device)
     check_broker(file, config.broker, schemes=schemes)
     check_metered(file, config.broker)

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from outstation.foundation.config.quantities import Duration, Size
+from outstation.foundation.config.toml_files import Section
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.input_files import DATA_DIR
 from outstation.foundation.names import check_name
-from outstation.foundation.quantities import Duration, Size
-from outstation.foundation.toml_files import Section
 from outstation.protocol.transport.broker_config import parse_loopback
 
 _MIN_STORE_BYTES = 2**20

@@ -6,9 +6,9 @@ from typing import Annotated
 import msgspec
 
 from outstation.device.config.tasks import NO_TASK
+from outstation.foundation.config.quantities import Size
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Size
-from outstation.foundation.toml_files import Section, did_you_mean
 
 _MIN_MESSAGE_BYTES, _MAX_MESSAGE_BYTES = 2048, 1 << 19
 

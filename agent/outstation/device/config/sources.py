@@ -1,6 +1,6 @@
 """Sources of a stream's rows: one section for each `kind`, with its own checks.
 
-The module of the same kind in `agent/outstation/device/intake/sources/` reads it.
+The module of the same kind in `agent/outstation/device/intake/sources/` reads it; other packages can add kinds.
 """
 
 from collections.abc import Collection
@@ -9,17 +9,22 @@ from typing import Annotated, Literal, Self
 
 import msgspec
 
+from outstation.foundation.config.plugins import PluginGroup
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.media import ImageFormat, MediaFormat, SoundFormat
-from outstation.foundation.quantities import Duration
-from outstation.foundation.toml_files import Section, did_you_mean
 from outstation.protocol.transport.broker_config import BrokerConfig, check_broker
 
 _MIN_INTERVAL_S = 0.01
 
 
-class SourceSection(Section, frozen=True):
+class SourceSection(Section, frozen=True, tag_field="kind"):
     """Base of all sources."""
+
+    @property
+    def kind(self) -> str:
+        return str(self.__struct_config__.tag)
 
     @property
     def media_format(self) -> MediaFormat | None:
@@ -39,11 +44,11 @@ class SourceSection(Section, frozen=True):
         return self
 
 
-class SocketSource(SourceSection, frozen=True, tag_field="kind", tag="socket"):
+class SocketSource(SourceSection, frozen=True, tag="socket"):
     """Producers that connect to the intake."""
 
 
-class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
+class FilesSource(SourceSection, frozen=True, tag="files"):
     """Watched folder of tables with the stream's fields, or of images or sounds, which determine the fields.
 
     ```toml
@@ -81,7 +86,7 @@ class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
         return msgspec.structs.replace(self, folder=str(base / self.folder))
 
 
-class HostSource(SourceSection, frozen=True, tag_field="kind", tag="host"):
+class HostSource(SourceSection, frozen=True, tag="host"):
     """Metrics of this machine.
 
     ```toml
@@ -156,7 +161,7 @@ class RecordingFilter(Section, frozen=True):
     """First row of the scene; the next scene ends it."""
 
 
-class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
+class ReplaySource(SourceSection, frozen=True, tag="replay"):
     """Replay of recordings.
 
     ```toml
@@ -204,7 +209,7 @@ class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
         return msgspec.structs.replace(self, file=str(base / self.file))
 
 
-class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
+class MqttSource(SourceSection, frozen=True, tag="mqtt"):
     """Subscription at a local broker.
 
     ```toml
@@ -246,7 +251,7 @@ class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
         return msgspec.structs.replace(self, broker=self.broker.with_absolute_paths(base))
 
 
-class ExecSource(SourceSection, frozen=True, tag_field="kind", tag="exec"):
+class ExecSource(SourceSection, frozen=True, tag="exec"):
     """Program that prints rows.
 
     ```toml
@@ -292,6 +297,9 @@ class ExecSource(SourceSection, frozen=True, tag_field="kind", tag="exec"):
         return msgspec.structs.replace(self, command=[str(base / self.command[0]), *self.command[1:]])
 
 
+# Producers fill a stream of kind "socket".
+_MODULES = {kind: f"outstation.device.intake.sources.{kind}" for kind in ("exec", "files", "host", "mqtt", "replay")}
+SOURCES = PluginGroup("outstation.sources", {**_MODULES, "socket": None}, SourceSection)
 SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource | ExecSource
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration
-from outstation.foundation.toml_files import Section, did_you_mean
 
 # Kinds of messages about a task that the owner may keep on the device.
 OptionalKind = Literal["results", "drift", "quality", "shadow", "alerts", "samples"]

@@ -7,11 +7,11 @@ import msgspec
 
 from outstation.device.config.sources import ReplaySource, SocketSource, SourceConfig
 from outstation.device.config.stream_privacy import StreamPrivacy
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.media import MediaFormat
 from outstation.foundation.names import check_name
-from outstation.foundation.quantities import Duration
-from outstation.foundation.toml_files import Section, did_you_mean
 from outstation.protocol.alerts.alert import OUTPUT_PREFIX
 
 # Limit for fields listed by hand; image and sound sources define their own.
@@ -67,7 +67,8 @@ class StreamConfig(Section, frozen=True):
     )
     """Fields of a row, in order, at least one; image and sound sources define their own."""
     source: SourceConfig = msgspec.field(default_factory=SocketSource)
-    """Where rows come from: a table whose `kind` chooses one of the sources below; a socket unless given."""
+    """Where rows come from: a table whose `kind` chooses one of the sources below, or one of
+    [another package](../guides/plugins.md); a socket unless given."""
     privacy: StreamPrivacy = msgspec.field(default_factory=StreamPrivacy)
     """What leaves of its fields, see [streams.NAME.privacy](#streamsnameprivacy)."""
     duplicates: Literal["reject", "accept"] = "reject"

@@ -9,10 +9,10 @@ from outstation.device.config import alert_rules
 from outstation.device.config.alert_rules import AlertRuleConfig
 from outstation.device.config.device import MAX_RETENTION_S
 from outstation.device.config.streams import NO_STREAM, StreamConfig, check_class_field
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.names import check_name
-from outstation.foundation.quantities import Duration
-from outstation.foundation.toml_files import Section, did_you_mean
 
 NO_TASK = "the config has no task; add a section [tasks.NAME], see docs/reference/config.md"
 

@@ -5,11 +5,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from outstation.foundation.config.quantities import Duration, Size
+from outstation.foundation.config.toml_files import Section
 from outstation.foundation.day_window import DayWindow
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration, Size
 from outstation.foundation.text import mask_password
-from outstation.foundation.toml_files import Section
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _MIN_INTERVAL_S, _MAX_INTERVAL_S = 60.0, 30 * 86_400.0

@@ -11,8 +11,8 @@ import msgspec
 
 from outstation.device.config import StreamConfig
 from outstation.device.store.rows import RawColumns, row_bytes
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import RowRejected
-from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.datasets import formats
 from outstation.ml.datasets.json_lines import JsonLinesTable
 from outstation.ml.datasets.parquet_table import ParquetTable

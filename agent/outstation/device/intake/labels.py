@@ -15,9 +15,9 @@ from outstation.device.store.predictions import output_key
 from outstation.device.store.transaction import Transaction
 from outstation.foundation import decoders
 from outstation.foundation.clock import ClockReading
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import RowRejected
 from outstation.foundation.strict_json import check_key_count
-from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.performance import labels as truth
 from outstation.ml.performance.labels import Label, LabelTarget
 

@@ -20,9 +20,9 @@ from outstation.device.intake.labels import LabelBatch
 from outstation.device.intake.row_history import summarize_reasons
 from outstation.device.store.rows import BlockLimits, RawColumns, ValidatedRows, validate_columns
 from outstation.foundation import decoders
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import RowRejected
 from outstation.foundation.strict_json import DuplicateKey, check_key_count
-from outstation.foundation.toml_files import did_you_mean
 
 MAX_LINE_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from outstation.device.config import Config, StreamConfig
+from outstation.device.config.sources import SOURCES
 from outstation.device.intake.group_commit import CommitOutcome, SourcePosition
 from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
@@ -54,7 +55,10 @@ class SourceContext(msgspec.Struct, frozen=True):
 
 
 class SourceModule(Protocol):
-    """Module of one source kind in `sources/`; `source` is its config section."""
+    """Module of one kind of source, in `sources/` or of another package; `source` is its config section.
+
+    That of another package also has the class of the section, `Config`.
+    """
 
     def check(self, context: SourceContext, source: Any) -> str:
         """Return one line for `outstation check`. Raises ConfigError, UsageError for what `build` would refuse."""
@@ -63,3 +67,10 @@ class SourceModule(Protocol):
     def build(self, context: SourceContext, source: Any, store: Store) -> Source:
         """Build the source. Raises ConfigError, UsageError."""
         ...
+
+
+def load_source_module(context: SourceContext) -> SourceModule | None:
+    """Return the module of a stream's source; None if producers fill the stream. Raises ConfigError."""
+    key = f"streams.{context.name}.source.kind"
+    module: SourceModule | None = SOURCES.load(context.stream.source.kind, context.file, key)
+    return module

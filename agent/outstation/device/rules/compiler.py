@@ -20,8 +20,8 @@ from outstation.device.config.alert_rules import AlertRuleConfig, Comparison
 from outstation.device.rules.batch_results import BatchResults
 from outstation.device.rules.evaluation import Trigger
 from outstation.foundation.arrays import Bools, Ints
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.model.bundle.manifest import Manifest
 from outstation.ml.model.inference import scores
 from outstation.ml.model.inference.inference import RunnableModel

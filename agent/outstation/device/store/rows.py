@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from outstation.device.config import FieldConfig, StreamConfig
 from outstation.foundation import clock
 from outstation.foundation.clock import parse_local
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import RowRejected
 from outstation.foundation.text import is_unicode
-from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.kernel import checksum
 from outstation.protocol.wire import commitment
 

@@ -15,10 +15,10 @@ from outstation.fleet import config as fleet_config
 from outstation.fleet.config import FleetConfig
 from outstation.foundation.cli.options import Command, json_option
 from outstation.foundation.cli.output import echo, emit
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
 from outstation.foundation.owner import become_owner
 from outstation.foundation.text import printable
-from outstation.foundation.toml_files import did_you_mean
 
 if TYPE_CHECKING:
     from outstation.fleet.database.store import FleetStore

@@ -13,9 +13,9 @@ from outstation.fleet.cli import drift_report as report
 from outstation.fleet.cli.common import database_options, open_for_reading, processes_option, progress_bar
 from outstation.foundation.cli.options import MOMENT, PATH, dark_option, plot_option
 from outstation.foundation.cli.output import echo_wrapped, emit, require_plot_format
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import BadBundle, UsageError
 from outstation.foundation.text import printable
-from outstation.foundation.toml_files import did_you_mean
 
 if TYPE_CHECKING:
     from outstation.ml.drift.baseline.reference import Reference

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from outstation.foundation.toml_files import Section
+from outstation.foundation.config.toml_files import Section
 
 # After it ran empty, a bucket refills for this time before it grants a message: runs of messages then pass whole, and a
 # flood is dropped cheaply.

@@ -18,8 +18,8 @@ from outstation.fleet.enrolment import pki, revocation
 from outstation.fleet.enrolment.pki import CertificateAuthority
 from outstation.fleet.repository.layout import Layout
 from outstation.foundation import durable_files, input_files
+from outstation.foundation.config.toml_files import encode_value
 from outstation.foundation.errors import UsageError
-from outstation.foundation.toml_files import encode_value
 from outstation.protocol.wire import keys
 from outstation.protocol.wire.keys import EncryptionKey, PublicKey
 

@@ -34,9 +34,9 @@ from outstation.fleet.enrolment.broker_access import AccessChange
 from outstation.fleet.enrolment.device_files import CERTIFICATE, SIGNING_KEY, TLS_KEY, DeviceFiles
 from outstation.fleet.enrolment.revocation import RevocationOutcome
 from outstation.foundation import clock, durable_files, input_files
+from outstation.foundation.config.toml_files import encode_value
 from outstation.foundation.errors import MessageRefused, UsageError
 from outstation.foundation.names import check_name, is_name
-from outstation.foundation.toml_files import encode_value
 from outstation.protocol.documents import enrolment_request
 from outstation.protocol.documents.enrolment_request import EnrolmentRequest
 from outstation.protocol.transport.broker_config import BrokerConfig, check_broker

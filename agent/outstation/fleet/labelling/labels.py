@@ -22,7 +22,7 @@ from outstation.fleet.bundle_history import BundleLabelSchema, BundleRun
 from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.labelling import labels as label_tables
 from outstation.fleet.database.labelling.labels import LabelledResult, Place, TaskLog
-from outstation.foundation.toml_files import did_you_mean
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.ml.performance.estimates import MetricEstimate, compute_metrics
 from outstation.ml.performance.labels import MODEL, VERDICT, Label, count_sources
 from outstation.ml.performance.metrics import LabelledPredictions

@@ -15,8 +15,8 @@ from outstation.fleet.repository.expiry import ROOT, TARGETS, TOP_LEVEL_ROLES
 from outstation.fleet.repository.keys import RepositoryKeyring, select_key, to_tuf_key
 from outstation.fleet.repository.layout import Layout
 from outstation.fleet.repository.root_rotation import RootDraft
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.wire import keys
 
 

@@ -13,8 +13,8 @@ from tuf.api.metadata import Targets
 from outstation.fleet.repository import edition, expiry, root_rotation
 from outstation.fleet.repository.keys import RepositoryKeyring
 from outstation.fleet.repository.layout import Layout
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.wire import target_metadata
 
 # Field of the bundle role's signed metadata: version → day. A revoked version is never published again.

@@ -11,8 +11,8 @@ import msgspec
 from tuf.api.metadata import Root
 
 from outstation.foundation import decoders
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import StorageError, UsageError
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.wire import keys
 from outstation.protocol.wire.target_metadata import MEMBER
 from outstation.protocol.wire.trust import COLLECTOR, ENCRYPTION, MAX_KEYS, ROLES, Trust, TrustedKey

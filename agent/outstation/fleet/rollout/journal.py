@@ -13,8 +13,8 @@ from outstation.fleet.rollout import decisions
 from outstation.fleet.rollout.desired_state import DesiredMessage
 from outstation.fleet.rollout.plan import RolloutPlan, RolloutStep
 from outstation.foundation import decoders
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import StorageError, UsageError
-from outstation.foundation.toml_files import did_you_mean
 
 OPEN_STATES = ("running", "paused")
 

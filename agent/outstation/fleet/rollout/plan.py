@@ -10,10 +10,11 @@ from typing import Annotated, Any, get_args
 
 import msgspec
 
-from outstation.foundation import clock, toml_files
+from outstation.foundation import clock
+from outstation.foundation.config import toml_files
+from outstation.foundation.config.toml_files import Section
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.names import is_name
-from outstation.foundation.toml_files import Section
 from outstation.protocol.wire import topics
 from outstation.protocol.wire.desired_state import (
     CanaryRules,

@@ -17,8 +17,8 @@ import sqlite_utils
 from outstation.foundation.cli.options import json_option
 from outstation.foundation.cli.output import echo, emit, print_table
 from outstation.foundation.cli.row_output import csv_option, print_rows, require_one_format
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import StorageError, UsageError
-from outstation.foundation.toml_files import did_you_mean
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]

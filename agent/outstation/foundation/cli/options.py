@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 
 from outstation.foundation import clock
+from outstation.foundation.config.quantities import parse_duration, parse_size
 from outstation.foundation.errors import UsageError
-from outstation.foundation.quantities import parse_duration, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)

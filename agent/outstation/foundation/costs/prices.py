@@ -8,8 +8,8 @@ from typing import Annotated
 
 import msgspec
 
-from outstation.foundation import toml_files
-from outstation.foundation.toml_files import Section
+from outstation.foundation.config import toml_files
+from outstation.foundation.config.toml_files import Section
 
 _SHIPPED = Path(__file__).with_name("prices.toml")
 Price = Annotated[float, msgspec.Meta(ge=0, le=1e9)]

@@ -30,6 +30,12 @@ def load_service(target: AppriseTarget) -> tuple[object, str]:
     return service, url.partition(":")[0]
 
 
+def check(target: AppriseTarget) -> str:
+    """Return a line about the target. Raises UsageError."""
+    _, scheme = load_service(target)
+    return f"Apprise, service {scheme}"
+
+
 def send(target: AppriseTarget, message: Notification) -> None:
     """Send the message as plain text. Raises SendFailed and UsageError."""
     service, scheme = load_service(target)

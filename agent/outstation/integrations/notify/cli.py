@@ -9,9 +9,9 @@ import click
 
 from outstation.foundation import clock
 from outstation.foundation.cli.output import echo_styled, emit, print_table
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
 from outstation.foundation.text import printable
-from outstation.foundation.toml_files import did_you_mean
 from outstation.integrations.notify.config import NotifyConfig
 from outstation.integrations.notify.queue import QueueConnection, TargetState, count_waiting, load_targets
 

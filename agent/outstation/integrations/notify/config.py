@@ -4,15 +4,16 @@ import re
 from collections.abc import Mapping
 from datetime import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import replace
 
+from outstation.foundation.config.plugins import PluginGroup
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration
-from outstation.foundation.toml_files import Section, did_you_mean
 from outstation.protocol.transport.broker_config import BrokerConfig, check_broker, check_no_password
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DATABASE = "notify.db"
 MAX_TARGETS = 16
 MIN_REMINDER_S = 300.0
+_CERTIFICATES = {"ca_file", "cert_file"}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _ADDRESS = r"[^\s@<>,;:\"()\[\]\\]{1,64}@[A-Za-z0-9.-]{1,255}"
 _TIME = r"\d\d:\d\d"
@@ -30,7 +32,31 @@ _SPAN = r"(\d\d:\d\d)-(\d\d:\d\d)"
 Names = Annotated[list[str], msgspec.Meta(max_length=64)]
 
 
-class WebhookTarget(Section, frozen=True, tag_field="kind", tag="webhook"):
+class TargetSection(Section, frozen=True, tag_field="kind"):
+    """Base of all targets. A key that ends in `_file` names a file; all but certificates hold a secret."""
+
+    @property
+    def kind(self) -> str:
+        return str(self.__struct_config__.tag)
+
+    @property
+    def secret_files(self) -> list[Path]:
+        files = (getattr(self, name) for name in self._file_keys() if name not in _CERTIFICATES)
+        return [Path(file) for file in files if file is not None]
+
+    def check(self, file: str, key: str) -> None:
+        """Raise ConfigError if a value is wrong. Files are read when they are used."""
+
+    def with_absolute_paths(self, base: Path) -> Self:
+        """Return the section with its relative paths resolved from `base`."""
+        files = {name: getattr(self, name) for name in self._file_keys()}
+        return replace(self, **{name: str(base / file) for name, file in files.items() if file is not None})
+
+    def _file_keys(self) -> list[str]:
+        return [name for name in self.__struct_fields__ if name.endswith("_file")]
+
+
+class WebhookTarget(TargetSection, frozen=True, tag="webhook"):
     """JSON document by HTTP POST.
 
     ```toml
@@ -64,7 +90,7 @@ class WebhookTarget(Section, frozen=True, tag_field="kind", tag="webhook"):
             raise ConfigError(file, f"{key}.url", "is not encrypted; use https://, or set allow_plaintext = true")
 
 
-class EmailTarget(Section, frozen=True, tag_field="kind", tag="email"):
+class EmailTarget(TargetSection, frozen=True, tag="email"):
     """Mail by SMTP.
 
     ```toml
@@ -115,7 +141,7 @@ class EmailTarget(Section, frozen=True, tag_field="kind", tag="email"):
             raise ConfigError(file, f"{key}.security", problem)
 
 
-class AppriseTarget(Section, frozen=True, tag_field="kind", tag="apprise"):
+class AppriseTarget(TargetSection, frozen=True, tag="apprise"):
     """One of the services that Apprise knows.
 
     ```toml
@@ -128,11 +154,8 @@ class AppriseTarget(Section, frozen=True, tag_field="kind", tag="apprise"):
     url_file: str
     """File with one URL of Apprise, which holds credentials."""
 
-    def check(self, file: str, key: str) -> None:
-        """Do nothing: the file is read when it is used, so that `check` can name its problem."""
 
-
-class MqttTarget(Section, frozen=True, tag_field="kind", tag="mqtt"):
+class MqttTarget(TargetSection, frozen=True, tag="mqtt"):
     """Retained document with all open alerts.
 
     ```toml
@@ -153,7 +176,12 @@ class MqttTarget(Section, frozen=True, tag_field="kind", tag="mqtt"):
             problem = "has no wildcard, no empty first level, and does not begin with outstation/, where devices write"
             raise ConfigError(file, f"{key}.topic", problem)
 
+    def with_absolute_paths(self, base: Path) -> Self:
+        return replace(self, broker=self.broker.with_absolute_paths(base))
 
+
+_MODULES = {kind: f"outstation.integrations.notify.{kind}" for kind in ("webhook", "email", "apprise", "mqtt")}
+TARGETS = PluginGroup("outstation.targets", _MODULES, TargetSection)
 Target = WebhookTarget | EmailTarget | AppriseTarget | MqttTarget
 
 
@@ -217,7 +245,8 @@ class NotifyConfig(Section, frozen=True):
     """
 
     targets: dict[str, Target] = msgspec.field(default_factory=dict)
-    """Whom to tell: tables `[notify.targets.NAME]`, whose `kind` chooses one of the targets below."""
+    """Whom to tell: tables `[notify.targets.NAME]`, whose `kind` chooses one of the targets below, or one of
+    [another package](../guides/plugins.md)."""
     routes: Annotated[list[NotifyRoute], msgspec.Meta(max_length=64)] = msgspec.field(default_factory=list)
     """Which alerts go to which target, see [notify.routes](#notifyroutes); without one, warnings and critical alerts go
     to every target."""
@@ -235,9 +264,7 @@ class NotifyConfig(Section, frozen=True):
     @property
     def secret_files(self) -> list[Path]:
         """Files that hold a secret of a target."""
-        names = ("secret_file", "password_file", "url_file")
-        paths = (getattr(target, name, None) for target in self.targets.values() for name in names)
-        return [Path(path) for path in paths if path is not None]
+        return [file for target in self.targets.values() for file in target.secret_files]
 
     @property
     def is_on(self) -> bool:
@@ -261,9 +288,7 @@ class NotifyConfig(Section, frozen=True):
         return self.routes or ([NotifyRoute(targets=named)] if named else [])
 
     def with_absolute_paths(self, base: Path) -> "NotifyConfig":
-        return replace(
-            self, targets={name: _with_absolute_paths(target, base) for name, target in self.targets.items()}
-        )
+        return replace(self, targets={name: target.with_absolute_paths(base) for name, target in self.targets.items()})
 
 
 def check_notify(file: str, config: NotifyConfig) -> None:
@@ -317,10 +342,3 @@ def _check_times(file: str, config: NotifyConfig) -> None:
     for key, value in reminders.items():
         if value is not None and 0 < value < MIN_REMINDER_S:
             raise ConfigError(file, key, 'must be "0 s" for none, or at least 5 min')
-
-
-def _with_absolute_paths(target: Target, base: Path) -> Target:
-    if isinstance(target, MqttTarget):
-        return replace(target, broker=target.broker.with_absolute_paths(base))
-    files = {name: getattr(target, name) for name in target.__struct_fields__ if name.endswith("_file")}
-    return replace(target, **{name: str(base / file) for name, file in files.items() if file is not None})

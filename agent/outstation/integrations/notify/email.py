@@ -27,6 +27,13 @@ def build(target: EmailTarget, message: Notification) -> EmailMessage:
     return mail
 
 
+def check(target: EmailTarget) -> str:
+    """Return a line about the target. Raises UsageError."""
+    if target.password_file:
+        read_secret(target.password_file, "a mail password")
+    return f"mail to {', '.join(target.to)} over {target.host}:{target.effective_port}, {target.security}"
+
+
 def send(target: EmailTarget, message: Notification) -> None:
     """Send the mail to all recipients. Raises SendFailed, and UsageError for a password that cannot be read."""
     password = read_secret(target.password_file, "a mail password") if target.password_file else None

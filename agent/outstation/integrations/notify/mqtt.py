@@ -15,6 +15,11 @@ from outstation.protocol.transport.mqtt import Link
 from outstation.protocol.transport.packets import OutgoingMessage, PublishReceipt
 
 
+def check(target: MqttTarget) -> str:
+    """Return a line about the target."""
+    return f"retained document at {target.topic} on {target.broker.shown_url}"
+
+
 def send(target: MqttTarget, message: Notification) -> None:
     """Publish the document at QoS 1, retained but for a test, and wait for the receipt. Raises SendFailed."""
     body = msgspec.json.encode(

@@ -10,13 +10,13 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
 import msgspec
 
 from outstation.foundation.errors import OutstationError
-from outstation.integrations.notify.config import AppriseTarget, EmailTarget, Target, WebhookTarget
-from outstation.integrations.notify.delivery import SendFailed, read_secret
+from outstation.integrations.notify.config import TARGETS, TargetSection
+from outstation.integrations.notify.delivery import SendFailed
 from outstation.integrations.notify.message import Notification, decode
 from outstation.integrations.notify.queue import QueuedMessage
 
@@ -30,68 +30,52 @@ class Outcome(msgspec.Struct, frozen=True):
     failure: SendFailed | None
 
 
-def send(target: Target, message: Notification) -> None:
+class TargetModule(Protocol):
+    """Module of one kind of target, of ours or of another package; `target` is its config section.
+
+    That of another package also has the class of the section, `Config`.
+    """
+
+    def send(self, target: Any, message: Notification) -> None:
+        """Deliver a message within `delivery.TIMEOUT_S`. Raises SendFailed, UsageError."""
+        ...
+
+    def check(self, target: Any) -> str:
+        """Return a line about a target whose secrets can be read; send nothing. Raises UsageError."""
+        ...
+
+
+def load_module(target: TargetSection) -> TargetModule:
+    """Return the module of a target's kind. Raises ConfigError."""
+    module: TargetModule = TARGETS.load(target.kind, "notify", "targets.NAME.kind")
+    return module
+
+
+def send(target: TargetSection, message: Notification) -> None:
     """Deliver a message. Raises SendFailed."""
     try:
-        _dispatch(target, message)
+        load_module(target).send(target, message)
     except SendFailed:
         raise
     except OutstationError as error:
         raise SendFailed(str(error)) from None
+    except Exception as error:
+        # Code of another package raises anything.
+        if TARGETS.is_shipped(target.kind):
+            raise
+        raise SendFailed(f"{type(error).__name__}: {error}") from error
 
 
-def _dispatch(target: Target, message: Notification) -> None:
-    # Nothing is imported for the kinds that the config does not use.
-    if isinstance(target, WebhookTarget):
-        from outstation.integrations.notify import webhook
-
-        webhook.send(target, message)
-    elif isinstance(target, EmailTarget):
-        from outstation.integrations.notify import email
-
-        email.send(target, message)
-    elif isinstance(target, AppriseTarget):
-        from outstation.integrations.notify import apprise
-
-        apprise.send(target, message)
-    else:
-        from outstation.integrations.notify import mqtt
-
-        mqtt.send(target, message)
-
-
-def check(target: Target) -> str:
-    """Return a line about a target whose secrets can be read; it sends nothing. Raises UsageError."""
-    if isinstance(target, WebhookTarget):
-        signed = "signed" if target.secret_file else "not signed: set secret_file"
-        if target.secret_file:
-            read_secret(target.secret_file, "the shared secret of a webhook")
-        return f"webhook at {urlsplit(target.url).netloc}, {signed}"
-    if isinstance(target, EmailTarget):
-        if target.password_file:
-            read_secret(target.password_file, "a mail password")
-        return f"mail to {', '.join(target.to)} over {target.host}:{target.effective_port}, {target.security}"
-    if isinstance(target, AppriseTarget):
-        from outstation.integrations.notify import apprise
-
-        return f"Apprise, service {apprise.load_service(target)[1]}"
-    return f"retained document at {target.topic} on {target.broker.shown_url}"
-
-
-def find_exposed_secret(target: Target) -> str | None:
+def find_exposed_secret(target: TargetSection) -> Path | None:
     """Return the file of a target's secret that every user can read; None without one."""
-    for name in ("secret_file", "password_file", "url_file"):
-        path = getattr(target, name, None)
-        if path is not None and Path(path).stat().st_mode & 0o007:
-            return str(path)
-    return None
+    return next((file for file in target.secret_files if file.stat().st_mode & 0o007), None)
 
 
 class TargetWorker:
     """Sends one message at a time in a thread of its own, and hands the outcome back."""
 
     def __init__(
-        self, name: str, target: Target, outcomes: queue.SimpleQueue[Outcome], wake: Callable[[], None]
+        self, name: str, target: TargetSection, outcomes: queue.SimpleQueue[Outcome], wake: Callable[[], None]
     ) -> None:
         self._target, self._outcomes, self._wake = target, outcomes, wake
         self._inbox: queue.SimpleQueue[QueuedMessage | None] = queue.SimpleQueue()

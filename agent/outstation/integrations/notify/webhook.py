@@ -32,6 +32,14 @@ def sign(secret: str, body: bytes, now_s: int) -> str:
     return f"t={now_s},v1={digest}"
 
 
+def check(target: WebhookTarget) -> str:
+    """Return a line about the target. Raises UsageError."""
+    if target.secret_file:
+        read_secret(target.secret_file, "the shared secret of a webhook")
+    signed = "signed" if target.secret_file else "not signed: set secret_file"
+    return f"webhook at {urlsplit(target.url).netloc}, {signed}"
+
+
 def send(target: WebhookTarget, message: Notification) -> None:
     """Post the message. Raises SendFailed, and UsageError for a secret that cannot be read."""
     body = encode(message)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import msgspec
 
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration
-from outstation.foundation.toml_files import Section
 from outstation.protocol.transport.broker_config import BrokerConfig, check_broker
 
 

@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from outstation.foundation.config.quantities import Duration, Size
+from outstation.foundation.config.toml_files import Section
 from outstation.foundation.day_window import DAY_S, DayWindow
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.quantities import Duration, Size
 from outstation.foundation.text import mask_password
-from outstation.foundation.toml_files import Section
 
 # Schemes of MQTT. A device may have other sinks, see `outstation.device.bootstrap.sinks`.
 MQTT_SCHEMES = ("mqtt", "mqtts")

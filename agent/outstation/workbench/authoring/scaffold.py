@@ -13,9 +13,9 @@ import msgspec
 from msgspec.structs import replace
 
 from outstation.foundation import input_files
+from outstation.foundation.config.toml_files import encode_value
 from outstation.foundation.errors import BadBundle, UsageError, explain
 from outstation.foundation.text import printable
-from outstation.foundation.toml_files import encode_value
 from outstation.ml.datasets import training_data
 from outstation.ml.datasets.training_data import TableSummary
 from outstation.ml.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from outstation.device import config
-from outstation.foundation import toml_files
+from outstation.foundation.config import toml_files
 from outstation.foundation.errors import BadBundle, ConfigError
 from outstation.foundation.media import ImageFormat, SoundFormat
 from outstation.ml.model.bundle import feature_set as feature_sets

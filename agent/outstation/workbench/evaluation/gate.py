@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import msgspec
 
 from outstation.device import config
-from outstation.foundation import toml_files
+from outstation.foundation.config import toml_files
 from outstation.foundation.errors import ConfigError, UsageError
 from outstation.foundation.text import format_interval, format_value
 from outstation.ml.comparison.rules import RuleLimits

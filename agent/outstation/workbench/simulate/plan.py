@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from outstation.device.config.sources import ReplaySource
 from outstation.device.intake.sources.recordings import Playlist
+from outstation.foundation.config.toml_files import encode_value
 from outstation.foundation.indices import repeat
-from outstation.foundation.toml_files import encode_value
 from outstation.ml.datasets.recordings import Recordings, load
 from outstation.workbench.simulate.scenario import SCENARIOS, Scenario, SiteFaults
 

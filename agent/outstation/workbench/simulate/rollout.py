@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from outstation.fleet.rollout.plan import PlanFile
+from outstation.foundation.config.toml_files import encode_value
 from outstation.foundation.errors import OutstationError
-from outstation.foundation.toml_files import encode_value
 from outstation.protocol.wire.keys import PublicKey
 from outstation.workbench.simulate.disturbances import Disturbances
 from outstation.workbench.simulate.flaky_web import DeviceConnection, FlakyWebServer

@@ -11,7 +11,7 @@ from typing import Any
 from outstation.fleet.config import FleetConfig
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
-from outstation.foundation.quantities import parse_duration
+from outstation.foundation.config.quantities import parse_duration
 from outstation.ml.model.bundle import builtin
 from outstation.protocol.transport.broker_config import BrokerConfig
 from outstation.workbench.testing.broker import MosquittoBroker, free_port, keep_user_root

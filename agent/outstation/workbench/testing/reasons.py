@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from outstation.fleet.database.store import FleetStore
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
-from outstation.foundation.toml_files import did_you_mean
 
 STATES = ("raised", "cleared")
 _MAX_DEVICES, _MAX_ALERTS = 20, 20

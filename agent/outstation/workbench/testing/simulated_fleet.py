@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from outstation.foundation.quantities import parse_duration
+from outstation.foundation.config.quantities import parse_duration
 from outstation.workbench.testing.reasons import describe_fleet, match_alert, require_device
 from outstation.workbench.testing.simulation import report, scenario, setup
 from outstation.workbench.testing.simulation.log import MachineLog

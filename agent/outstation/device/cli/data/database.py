@@ -20,8 +20,8 @@ from outstation.foundation.cli.groups import SentenceGroup
 from outstation.foundation.cli.inspection import add_commands, open_database
 from outstation.foundation.cli.options import MOMENT, config_option, config_options
 from outstation.foundation.cli.row_output import csv_option, print_rows, require_one_format
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
-from outstation.foundation.toml_files import did_you_mean
 
 
 @click.group("db", cls=SentenceGroup)

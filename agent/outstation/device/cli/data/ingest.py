@@ -34,6 +34,7 @@ from outstation.device.store.rows import ValidatedRows, validate_columns
 from outstation.foundation import clock
 from outstation.foundation.cli.options import config_options
 from outstation.foundation.cli.output import echo, emit, print_rejected
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import (
     ConfigError,
     OutstationError,
@@ -44,7 +45,6 @@ from outstation.foundation.errors import (
     explain,
 )
 from outstation.foundation.text import printable
-from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.datasets.formats import open_file
 from outstation.protocol.client import Client, FlushResult
 

@@ -19,8 +19,8 @@ from outstation.foundation.cli.follow import (
     last_option,
 )
 from outstation.foundation.cli.options import config_options
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
-from outstation.foundation.toml_files import did_you_mean
 
 _MAX_FIELDS = 12
 

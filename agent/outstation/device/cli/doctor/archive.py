@@ -37,7 +37,7 @@ _CONFIG_TEXTS = frozenset(
 # Statistics and sentences of these members come from readings.
 _STATUS_MEMBERS = ("device", "fleet", "log", "clock", "outbox", "store", "condition", "throttle")
 _STREAM_MEMBERS = ("stream", "rows", "kept_from", "duplicate_rows", "late_rows", "step_rows", "out_of_order_rows")
-_PROGRAM_MEMBERS = ("program_restarts", "program_silences", "program_floods", "program_losses")
+_PROGRAM_MEMBERS = ("source_restarts", "program_restarts", "program_silences", "program_floods", "program_losses")
 _TASK_MEMBERS = ("task", "stream", "schedule", "row", "backlog", "windows", "bundle", "site_reference", "late_batches")
 _ALERT_MEMBERS = ("task", "time", "alert", "subject", "state", "severity")
 _LIBRARIES = ("numpy", "msgspec", "paho-mqtt", "ai-edge-litert", "tflite-runtime", "cryptography", "pyarrow", "psutil")

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from outstation.foundation.clock import parse_local, parse_rfc3339
-from outstation.foundation.toml_files import encode_value
+from outstation.foundation.config.toml_files import encode_value
 
 # Physical quantities by a word in the name: unit, and the range of sensors that measure it.
 _QUANTITIES: tuple[tuple[str, str, float, float], ...] = (

@@ -13,9 +13,9 @@ import msgspec
 
 from outstation.device.cli.proposal.fields import ProposedField, make_name, propose_columns
 from outstation.device.config import BrokerConfig, check_broker
+from outstation.foundation.config.toml_files import encode_value
 from outstation.foundation.errors import ConfigError, LinkDown, UsageError
 from outstation.foundation.text import printable
-from outstation.foundation.toml_files import encode_value
 from outstation.ml.datasets import readers
 from outstation.ml.datasets.parquet_table import ParquetTable
 from outstation.ml.datasets.tables import ColumnType, TableOptions

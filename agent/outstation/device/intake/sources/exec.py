@@ -28,10 +28,10 @@ from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
 from outstation.foundation import decoders
 from outstation.foundation.backoff import Backoff
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import ConfigError, StorageFull
 from outstation.foundation.strict_json import check_key_count
 from outstation.foundation.text import printable
-from outstation.foundation.toml_files import did_you_mean
 from outstation.ml.datasets.tables import ColumnType, keep_invalid_values, time_or_value
 
 log = logging.getLogger("outstation.exec")

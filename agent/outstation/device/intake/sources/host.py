@@ -15,8 +15,8 @@ from outstation.device.intake.source import SourceContext, SubmitRows
 from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
 from outstation.foundation import clock
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import ConfigError
-from outstation.foundation.toml_files import did_you_mean
 
 log = logging.getLogger("outstation.host")
 

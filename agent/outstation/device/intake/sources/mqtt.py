@@ -30,8 +30,8 @@ from outstation.device.intake.sources.unconfirmed import UnconfirmedMessages
 from outstation.device.store.rows import RawColumns
 from outstation.device.store.store import Store
 from outstation.foundation.backoff import Backoff
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import ConfigError, LinkDown
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.transport.mqtt import Link
 from outstation.protocol.transport.packets import IncomingMessage
 

@@ -12,8 +12,8 @@ from outstation.fleet import config as fleet_config
 from outstation.fleet.cli.common import database_options, open_for_reading, open_store
 from outstation.foundation import clock
 from outstation.foundation.cli.output import echo, emit, print_table
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
-from outstation.foundation.toml_files import did_you_mean
 
 _ADD_ACCOUNT = "outstation fleet user add NAME --role admin"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from outstation.foundation.quantities import Duration
-from outstation.foundation.toml_files import Section
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section
 
 # Rollouts, alerts and the collector itself need the last hours of each device.
 MIN_RETENTION_S = 86_400.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UnknownBundle
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.wire.keys import PublicKey, parse_public_key
 
 _INSTALLED_DIR = Path(__file__).parents[3] / "shipped"

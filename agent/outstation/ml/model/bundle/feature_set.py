@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from outstation.foundation import toml_files
+from outstation.foundation.config import toml_files
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.names import is_name
 from outstation.foundation.text import require_plain_name

@@ -11,9 +11,9 @@ from outstation.device import config
 from outstation.foundation import media
 from outstation.foundation.cli.options import PATH, json_option
 from outstation.foundation.cli.output import echo, emit
+from outstation.foundation.config.toml_files import encode_key, encode_value
 from outstation.foundation.errors import UsageError
 from outstation.foundation.names import is_name
-from outstation.foundation.toml_files import encode_key, encode_value
 from outstation.protocol.wire import keys
 
 if TYPE_CHECKING:

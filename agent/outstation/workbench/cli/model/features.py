@@ -8,7 +8,7 @@ import click
 
 from outstation.foundation.cli.options import PATH, json_option
 from outstation.foundation.cli.output import echo, emit
-from outstation.foundation.toml_files import encode_value
+from outstation.foundation.config.toml_files import encode_value
 
 
 @click.command("features", epilog="Example: outstation model features motion.toml")

@@ -13,8 +13,8 @@ import msgspec
 from outstation.foundation.cli.options import PATH, json_option
 from outstation.foundation.cli.output import echo, emit
 from outstation.foundation.cli.progress import ProgressBar
+from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import BadBundle, UsageError
-from outstation.foundation.toml_files import did_you_mean
 from outstation.protocol.wire import keys
 from outstation.workbench.cli.model import trust
 

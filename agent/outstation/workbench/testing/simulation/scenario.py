@@ -18,11 +18,11 @@ from outstation.fleet.incidents.conditions import UNSEEN_LIMIT_S, silence_limit_
 from outstation.fleet.incidents.monitor import POLL_INTERVAL_S
 from outstation.fleet.rollout import plan as plans
 from outstation.foundation import clock
+from outstation.foundation.config.quantities import Duration
+from outstation.foundation.config.toml_files import Section, did_you_mean
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.names import is_name
-from outstation.foundation.quantities import Duration
 from outstation.foundation.text import format_span
-from outstation.foundation.toml_files import Section, did_you_mean
 from outstation.protocol.alerts.kinds import KINDS
 from outstation.workbench.testing.simulation.lossy_link import LinkConditions, Share
 

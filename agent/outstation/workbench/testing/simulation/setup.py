@@ -16,8 +16,8 @@ from outstation.device.config.config import Config
 from outstation.device.config.streams import NO_STREAM
 from outstation.device.config.tasks import NO_TASK
 from outstation.foundation import input_files
+from outstation.foundation.config.toml_files import did_you_mean, encode_key, encode_value
 from outstation.foundation.errors import BadBundle, ConfigError, UsageError
-from outstation.foundation.toml_files import did_you_mean, encode_key, encode_value
 from outstation.ml.model.bundle import builtin
 from outstation.ml.model.bundle import bundle as bundle_files
 from outstation.ml.model.bundle.manifest import Manifest

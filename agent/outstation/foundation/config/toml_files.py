@@ -6,15 +6,15 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from outstation.foundation import decoders, input_files
+from outstation.foundation.config.quantities import decode_quantity
 from outstation.foundation.errors import ConfigError, explain
-from outstation.foundation.quantities import decode_quantity
 from outstation.foundation.text import list_names
 
 StructType = type[msgspec.Struct]
@@ -26,6 +26,16 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Section of a config file, which rejects unknown keys."""
 
 
+class SectionKinds(Protocol):
+    """Kinds of a section: the file's struct has the shipped ones, another package brings the class of its own."""
+
+    def is_shipped(self, name: str) -> bool: ...
+
+    def load_section(self, kind: str, file: str, key: str) -> type[Section]:
+        """Return the class of another package's sections. Raises ConfigError, about the `key` with the kind."""
+        ...
+
+
 def read(
     path: Path,
     struct_type: type[S],
@@ -33,10 +43,12 @@ def read(
     hook: DecodeHook = decode_quantity,
     missing: str = "`outstation init` writes one, `-c` names another",
     strangers: dict[str, str] | None = None,
+    plugins: Mapping[str, SectionKinds] | None = None,
 ) -> S:
     """Read a file as `struct_type`; `hook` decodes custom types. Raises ConfigError.
 
     `missing`: what to do without the file. `strangers`: section of another kind of file → what that file is.
+    `plugins`: path of sections such as `streams.*.source` → kinds, which their key `kind` chooses.
     """
     text = ""
     try:
@@ -56,10 +68,64 @@ def read(
     for section, problem in (strangers or {}).items():
         if section in document:
             raise ConfigError(str(path), section, problem)
+    foreign = [
+        _decode_foreign(str(path), place, table, kinds, hook)
+        for pattern, kinds in (plugins or {}).items()
+        for place, table in _find_tables(document, pattern.split("."))
+        if isinstance(kind := table.get("kind"), str) and not kinds.is_shipped(kind)
+    ]
+    shipped = document
+    for place, _ in foreign:
+        shipped = _remove(shipped, place)
     try:
-        return decoders.convert(document, struct_type, dec_hook=hook)
+        struct = decoders.convert(shipped, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
-        raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
+        raise _to_config_error(str(path), str(error), struct_type, shipped, hook) from None
+    for place, foreign_section in foreign:
+        struct = _insert(struct, place, foreign_section, document)
+    return struct
+
+
+def _find_tables(node: Any, pattern: Sequence[str], place: Sequence[str] = ()) -> Iterator[tuple[Sequence[str], Any]]:
+    """Yield place and content of the tables at a path; `*` in it stands for any name."""
+    if isinstance(node, dict) and pattern:
+        first, *others = pattern
+        for name in node if first == "*" else node.keys() & {first}:
+            yield from _find_tables(node[name], others, (*place, name))
+    elif isinstance(node, dict):
+        yield place, node
+
+
+def _decode_foreign(
+    file: str, place: Sequence[str], table: dict[str, Any], kinds: SectionKinds, hook: DecodeHook
+) -> tuple[Sequence[str], Section]:
+    """Return the place and the section of another package's kind. Raises ConfigError."""
+    key = ".".join(place)
+    section_type = kinds.load_section(table["kind"], file, f"{key}.kind")
+    try:
+        return place, decoders.convert(table, section_type, dec_hook=hook)
+    except msgspec.ValidationError as error:
+        problem = _to_config_error(file, str(error), section_type, table, hook)
+        raise ConfigError(file, f"{key}.{problem.key}" if problem.key else key, problem.problem) from None
+
+
+def _remove(table: dict[str, Any], place: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of a table without the member at a place."""
+    name, *others = place
+    if others:
+        return {**table, name: _remove(table[name], others)}
+    return {key: value for key, value in table.items() if key != name}
+
+
+def _insert(node: Any, place: Sequence[str], section: Section, table: dict[str, Any]) -> Any:
+    """Return a copy of a struct or table with a section at a place; tables keep the order of the file's `table`."""
+    name, *others = place
+    if isinstance(node, dict):
+        inner = _insert(node[name], others, section, table[name]) if others else section
+        members = {**node, name: inner}
+        return {key: members[key] for key in table if key in members}
+    inner = _insert(getattr(node, name), others, section, table[name]) if others else section
+    return msgspec.structs.replace(node, **{name: inner})
 
 
 def _check_values(path: Path, key: str, value: Any) -> None:
