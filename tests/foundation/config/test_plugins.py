@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from outstation.device.config import config
+from outstation.device.config.sources import SourceSection
 from outstation.fleet import config as fleet_config
 from outstation.foundation.errors import ConfigError
 from outstation.integrations.notify import sending
@@ -75,8 +77,8 @@ def load(tmp_path: Path, text: str) -> config.Config:
 
 def test_a_source_of_another_package_has_its_own_section(install: Install, tmp_path: Path) -> None:
     install("sources", "dice", SOURCE)
-    source = load(tmp_path, 'source = { kind = "dice", sides = 20 }').streams["a"].source
-    assert (source.kind, source.sides) == ("dice", 20)  # type: ignore[attr-defined]
+    source: SourceSection = load(tmp_path, 'source = { kind = "dice", sides = 20 }').streams["a"].source
+    assert (source.kind, msgspec.structs.asdict(source)) == ("dice", {"sides": 20})
 
 
 @pytest.mark.parametrize(
