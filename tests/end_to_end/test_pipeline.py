@@ -364,7 +364,7 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
             {public.kid: Signer("collector", public)}.get,
             clock.read,
             unexpected,
-            sinks.sink_opener(conf),
+            sinks.sink_opener(file, conf),
         )
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)

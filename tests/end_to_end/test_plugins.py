@@ -77,3 +77,75 @@ def test_a_config_that_names_a_missing_package_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "streams.wave.source.kind: 'sine' is not a valid choice" in done.stderr
     assert "other packages can add some, see docs/guides/plugins.md" in done.stderr
+
+
+FOLDER_SINK = """
+import json, pathlib, time
+from outstation.device.uplink.sink import Receipt
+
+def check_url(url):
+    if not url.startswith("folder:///"):
+        raise ValueError("give folder:///PATH")
+
+def check(config):
+    return f"messages go to {config.broker.url}"
+
+def open_sink(config, subscriptions, will):
+    return Folder(pathlib.Path(config.broker.url.removeprefix("folder://")))
+
+class Folder:
+    window, max_bytes, traffic_bytes = 8, 1_000_000, 0
+
+    def __init__(self, folder):
+        self.folder, self.receipts, self.count = folder, [], 0
+
+    def measure(self, message):
+        return len(message.payload)
+
+    def send(self, message):
+        self.count += 1
+        if self.count == 2 and not (self.folder / "failed").exists():
+            (self.folder / "failed").touch()
+            raise ZeroDivisionError("no such number")
+        (self.folder / f"{time.time_ns()}.json").write_bytes(message.payload)
+        self.receipts.append(Receipt(self.count, "accepted"))
+        return self.count
+
+    def receive(self, timeout_s):
+        if not self.receipts:
+            time.sleep(min(timeout_s, 0.05))
+        receipts, self.receipts = self.receipts, []
+        return receipts
+
+    def acknowledge(self, delivery): pass
+    def wake(self): pass
+    def close(self): pass
+    def drop(self): pass
+"""
+
+
+def test_a_sink_of_another_package_takes_the_messages_and_its_error_is_a_lost_link(tmp_path: Path) -> None:
+    install_module(tmp_path / "packages", "folder_sink", FOLDER_SINK, "outstation.sinks", "folder")
+    env = {"PYTHONPATH": str(tmp_path / "packages")}
+    file = make_device(tmp_path / "device", "socket")
+    text = file.read_text().replace(', interval = "20 ms"', "")
+    received = tmp_path / "received"
+    received.mkdir()
+    file.write_text(text.replace('url = "mqtt://127.0.0.1:1883"', f'url = "folder://{received}"'))
+    assert f'url = "folder://{received}"' in file.read_text()
+    check = run_outstation("check", "-c", str(file), env={**os.environ, **env})
+    assert (check.returncode, f"messages go to folder://{received}" in check.stdout) == (0, True), check.stdout
+    daemon = OutstationProcess(tmp_path / "log", "run", "-c", str(file)).start(**env)
+    try:
+        wait_until("the sink opened again", lambda: daemon.log.read_text().count("connected to folder://") == 2)
+        assert daemon.log_contains("the sink failed: ZeroDivisionError: no such number; trying again")
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+    messages = [json.loads(name.read_bytes()) for name in sorted(received.glob("*.json"))]
+    assert {message["device"] for message in messages} == {"pi-07"}
+    assert {"health", "state"} <= {message["kind"] for message in messages}
+    file.write_text(file.read_text().replace("folder:///", "folder://here/"))
+    wrong = run_outstation("check", "-c", str(file), env={**os.environ, **env})
+    assert (wrong.returncode, "broker.url: folder://here/" in wrong.stderr) == (2, True), wrong.stderr
+    assert "give folder:///PATH" in wrong.stderr

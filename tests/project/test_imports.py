@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from outstation.device.config.sinks import SINKS
 from outstation.device.config.sources import SOURCES
 from outstation.integrations.notify.config import TARGETS
 
@@ -103,7 +104,11 @@ PURE = {
 }
 KEY_FILES = "outstation.protocol.wire.keys"
 PLUGINS = "outstation.foundation.config.plugins"
-GROUPS = {"outstation.device.config.sources": SOURCES, "outstation.integrations.notify.config": TARGETS}
+GROUPS = {
+    "outstation.device.config.sources": SOURCES,
+    "outstation.device.config.sinks": SINKS,
+    "outstation.integrations.notify.config": TARGETS,
+}
 COMPUTED = "a module whose name is computed"
 SYSTEM = {
     "asyncio", "ctypes", "fcntl", "glob", "http", "io", "logging", "multiprocessing", "os", "pathlib", "random",

@@ -18,7 +18,7 @@ from outstation.device import config
 from outstation.device.capacity.eviction import EXPIRED_COUNTER
 from outstation.device.capacity.space import SpaceManager
 from outstation.device.uplink import meter
-from outstation.device.uplink.mqtt_sink import open_mqtt_sink, packet_size
+from outstation.device.uplink.mqtt_sink import open_sink, packet_size
 from outstation.device.uplink.uplink import Uplink
 from outstation.fleet.audit.audit import audit
 from outstation.fleet.collector.collector import Collector
@@ -320,7 +320,7 @@ def test_a_real_broker_receives_no_byte_more_than_the_budget(folder: Path) -> No
         for again in range(2):
             uplink = Uplink(
                 *(conf, world.store, world.author, lambda kid: None, clock.read, unexpected),
-                lambda topics, will: open_mqtt_sink(conf.broker, DEVICE, topics, will),
+                partial(open_sink, conf),
             )
             uplink.start()
             wait_until("the budget holds bulk back", lambda: read() and world.status()["bulk"] != "sent")

@@ -230,7 +230,7 @@ def build_daemon(
     )
     uplink = Uplink(
         *(conf, store, message_log, trusted.find_collector, now, signals.fail),
-        _seal_if_encrypted(file, conf, trusted, open_sink or sinks.sink_opener(conf)),
+        _seal_if_encrypted(file, conf, trusted, open_sink or sinks.sink_opener(file, conf)),
         receivers=[trusted, receiver, desired_states],
         pause=pause,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from outstation.device import config
-from outstation.device.bootstrap import credentials, sinks
+from outstation.device.bootstrap import credentials
 from outstation.device.commands import erasure
 from outstation.device.config import Config
 from outstation.device.config.stream_privacy import StreamPrivacy
@@ -37,7 +37,7 @@ TLS_KEY_FILE = "device-tls.key"
 def load_config(config_file: str | None, task: str | None = None) -> tuple[Path, Config]:
     """Return the config file in use and its contents. Raises ConfigError, UsageError if it has no `task`."""
     file = input_files.find_config(config_file)
-    conf = config.load(file, sinks.SINKS)
+    conf = config.load(file)
     if conf.broker.tls_key_file is not None:
         tls_key_file = str(credentials.find_secret(Path(conf.broker.tls_key_file)))
         conf = msgspec.structs.replace(conf, broker=msgspec.structs.replace(conf.broker, tls_key_file=tls_key_file))

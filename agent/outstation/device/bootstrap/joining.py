@@ -20,7 +20,6 @@ from typing import Any
 import msgspec
 
 from outstation.device import config
-from outstation.device.bootstrap import sinks
 from outstation.device.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from outstation.device.recovery import new_log
 from outstation.device.recovery.open import open_store
@@ -110,7 +109,7 @@ def plan(enrolment: Path, folder: Path, is_untouched: Callable[[str], bool], dat
     text = members[CONFIG_FILE].decode()
     if ours_file.exists():
         ours = input_files.read_text(ours_file)
-        data_dir = config.load(ours_file, sinks.SINKS).device.data_dir
+        data_dir = config.load(ours_file).device.data_dir
         if is_untouched(ours):
             text = set_data_dir(text, data_dir)
         else:
@@ -139,7 +138,7 @@ def plan(enrolment: Path, folder: Path, is_untouched: Callable[[str], bool], dat
 def require_stopped(folder: Path) -> None:
     """Raise UsageError if a daemon uses the store of the device whose config is in `folder`, ConfigError."""
     if (folder / CONFIG_FILE).exists():
-        _require_stopped(config.load(folder / CONFIG_FILE, sinks.SINKS).data_dir)
+        _require_stopped(config.load(folder / CONFIG_FILE).data_dir)
 
 
 def apply(plan: JoinPlan) -> bool:
@@ -156,7 +155,7 @@ def apply(plan: JoinPlan) -> bool:
         if name == KEY_FILE:
             public = keys.load_private(path).public.text
             durable_files.write(keys.public_key_path(path), f"{public}\n".encode())
-    conf = config.load(plan.folder / CONFIG_FILE, sinks.SINKS)
+    conf = config.load(plan.folder / CONFIG_FILE)
     give_files(plan.folder, conf.data_dir, DEVICE_FILES)
     become_owner(conf.data_dir)
     if not (conf.data_dir / DATABASE).exists():
@@ -256,7 +255,7 @@ def check_config(source: str, text: str) -> None:
         file = Path(folder) / CONFIG_FILE
         file.write_text(text, encoding="utf-8")
         try:
-            config.load(file, sinks.SINKS)
+            config.load(file)
         except ConfigError as error:
             problem = f"the config of this device would be wrong: {error.key}: {error.problem}"
             raise UsageError(f"{source}: {problem}; nothing was written") from None

@@ -1,4 +1,4 @@
-"""Registry of sinks, by the scheme of `[broker] url`: which module takes the device's messages."""
+"""Sink of a device: opened by the module of its scheme, and with `[privacy] encrypt` sealed to the collector."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outstation.device.config import Config
+from outstation.device.config.sinks import SINKS
 from outstation.foundation.errors import ConfigError
 from outstation.protocol.wire.keys import EncryptionKey, parse_encryption_key
 
 if TYPE_CHECKING:
-    from outstation.device.uplink.sink import OpenSink, Sink
+    from outstation.device.uplink.sink import OpenSink, Sink, SinkModule
     from outstation.protocol.transport.packets import OutgoingMessage
 
 _ENCRYPTS = "[privacy] encrypt seals messages"
 
 
-# Sinks are imported when they are opened: most commands need none.
-def _open_mqtt(conf: Config, subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
-    from outstation.device.machine.certificate import choose_certificate
-    from outstation.device.uplink.mqtt_sink import open_mqtt_sink
-
-    return open_mqtt_sink(choose_certificate(conf), conf.device.id, subscriptions, will)
+def sink_opener(file: Path, conf: Config) -> OpenSink:
+    """Return the function that opens the sink of `[broker] url`. Raises ConfigError."""
+    open_sink = partial(load_sink_module(file, conf).open_sink, conf)
+    return open_sink if SINKS.is_shipped(conf.broker.scheme) else partial(_open_foreign, open_sink)
 
 
-SINKS: dict[str, Callable[[Config, Sequence[str], OutgoingMessage], Sink]] = {"mqtt": _open_mqtt, "mqtts": _open_mqtt}
+def load_sink_module(file: Path, conf: Config) -> SinkModule:
+    """Return the module that opens the sink. Raises ConfigError."""
+    module: SinkModule = SINKS.load(conf.broker.scheme, str(file), "broker.url")
+    return module
 
 
-def sink_opener(conf: Config) -> OpenSink:
-    return partial(SINKS[conf.broker.scheme], conf)
+def _open_foreign(open_sink: OpenSink, subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
+    """Open the sink of another package, whose errors never end the daemon. Raises LinkDown."""
+    from outstation.device.uplink.foreign_sink import ForeignSink
+
+    return ForeignSink(open_sink, subscriptions, will)
 
 
 def seal_to_collector(

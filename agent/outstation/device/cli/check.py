@@ -22,6 +22,7 @@ from outstation.device.bundles import history
 from outstation.device.cli.cost import build_document as build_cost
 from outstation.device.cli.status import format_metered
 from outstation.device.config import Config, SamplesConfig, UpdatesConfig
+from outstation.device.config.sinks import SINKS
 from outstation.device.intake import feedback_loops
 from outstation.device.intake.source import SourceContext, load_source_module
 from outstation.device.machine import schedule, schedule_text
@@ -161,7 +162,10 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         yield _check_target(name, target)
     if conf.updates is not None:
         yield _run_check("updates", lambda u=conf.updates: inspect_repository(conf, u))  # type: ignore[misc]
-    yield _run_check("broker", lambda: _check_broker_reachable(conf) if running else _check_broker_login(conf))
+    if SINKS.is_shipped(conf.broker.scheme):
+        yield _run_check("broker", lambda: _check_broker_reachable(conf) if running else _check_broker_login(conf))
+    else:
+        yield _run_check("sink", lambda: sinks.load_sink_module(file, conf).check(conf))
 
 
 def _run_check(name: str, action: Callable[[], str | CheckResult]) -> CheckResult:

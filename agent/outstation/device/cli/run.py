@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outstation.device import config
-from outstation.device.bootstrap import device, homeassistant, sinks
+from outstation.device.bootstrap import device, homeassistant
 from outstation.device.bootstrap.daemon import build_daemon
 from outstation.device.commands import erasure, wipe
 from outstation.device.config import Config
@@ -134,7 +134,7 @@ def _run(file: Path, conf: Config, between: Signals) -> Config | None:
 def _read_config(file: Path, conf: Config) -> Config | None:
     """Read the config again; return None, with a line in the log, if it does not fit this store."""
     try:
-        new = config.load(file, sinks.SINKS)
+        new = config.load(file)
         for key, old_value, new_value in (
             ("device.id", conf.device.id, new.device.id),
             ("device.fleet", conf.device.fleet, new.device.fleet),

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from outstation.device.config.device import (
     check_intake,
 )
 from outstation.device.config.samples import SamplesConfig
+from outstation.device.config.sinks import check_sink
 from outstation.device.config.sources import SOURCES, FilesSource
 from outstation.device.config.streams import StreamConfig, check_stream, with_media_fields
 from outstation.device.config.tasks import TaskConfig, check_task
@@ -35,7 +35,7 @@ from outstation.foundation.errors import ConfigError
 from outstation.integrations.homeassistant import config as homeassistant
 from outstation.integrations.homeassistant.config import HomeAssistantConfig
 from outstation.integrations.notify.config import TARGETS, NotifyConfig, check_notify
-from outstation.protocol.transport.broker_config import MQTT_SCHEMES, UplinkBrokerConfig, check_broker, check_metered
+from outstation.protocol.transport.broker_config import MQTT_SCHEMES, UplinkBrokerConfig, check_metered
 
 _STRANGERS = {
     "fleet": "is a section of fleet.toml, which `outstation fleet` reads; -c names a device's outstation.toml",
@@ -71,12 +71,12 @@ class Config(Section, frozen=True):
         return self.data_dir / (self.intake.token_file or "intake.token")
 
 
-def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
-    """Load and check a device config; `[broker] url` has one of the `schemes`. Raises ConfigError."""
+def load(path: Path) -> Config:
+    """Load and check a device config. Raises ConfigError."""
     plugins = {"streams.*.source": SOURCES, "notify.targets.*": TARGETS}
     config, file = toml_files.read(path, Config, strangers=_STRANGERS, plugins=plugins), str(path)
     check_device(file, config.device)
-    check_broker(file, config.broker, schemes=schemes)
+    check_sink(file, config.broker)
     check_metered(file, config.broker)
     if config.updates is not None:
         updates.check(file, config.updates)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from outstation.device.config import UplinkBrokerConfig
+from outstation.device.config import Config
+from outstation.device.machine.certificate import choose_certificate
 from outstation.device.uplink.sink import Outcome, Receipt
 from outstation.protocol.transport.mqtt import KEEP_ALIVE_S, Link
 from outstation.protocol.transport.packets import (
@@ -66,12 +67,11 @@ class MqttSink:
         return [_to_receipt(event) if isinstance(event, PublishReceipt) else event for event in events]
 
 
-def open_mqtt_sink(
-    broker: UplinkBrokerConfig, client_id: str, topics: Sequence[str], will: OutgoingMessage
-) -> MqttSink:
-    """Connect to the broker. Raises LinkDown."""
-    keep_alive_s = KEEP_ALIVE_S if broker.metered is None else _METERED_KEEP_ALIVE_S
-    return MqttSink(Link(broker, client_id, subscribe=topics, will=will, keep_alive_s=keep_alive_s))
+def open_sink(conf: Config, subscriptions: Sequence[str], will: OutgoingMessage) -> MqttSink:
+    """Connect to the broker of the config. Raises LinkDown."""
+    keep_alive_s = KEEP_ALIVE_S if conf.broker.metered is None else _METERED_KEEP_ALIVE_S
+    broker = choose_certificate(conf)
+    return MqttSink(Link(broker, conf.device.id, subscribe=subscriptions, will=will, keep_alive_s=keep_alive_s))
 
 
 def packet_size(message: OutgoingMessage) -> int:

@@ -1,7 +1,6 @@
 """Sink: a way for signed messages to leave the device, and for receipts and messages to come in.
 
-The first sink is MQTT (`mqtt_sink`). `outstation.device.bootstrap.sinks` names all of them, by the scheme of `[broker]
-url`.
+The shipped one is MQTT (`mqtt_sink`). `outstation.device.config.sinks` has all, by the scheme of `[broker] url`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from outstation.device.config import Config
 from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage
 
 Outcome = Literal["accepted", "no subscribers", "too large", "refused"]
@@ -73,3 +73,19 @@ class Sink(Protocol):
 
 # Opens a sink: subscribes to the topics, and leaves the last will, which is published if the device vanishes.
 OpenSink = Callable[[Sequence[str], OutgoingMessage], Sink]
+
+
+class SinkModule(Protocol):
+    """Module of one scheme of `[broker] url`. That of another package also has `check_url` and `check`."""
+
+    def open_sink(self, conf: Config, subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
+        """Open the sink of the config. Raises LinkDown."""
+        ...
+
+    def check_url(self, url: str) -> None:
+        """Check `[broker] url` when the config is loaded. Raises ValueError."""
+        ...
+
+    def check(self, conf: Config) -> str:
+        """Return one line for `outstation check`. Raises UsageError, LinkDown."""
+        ...

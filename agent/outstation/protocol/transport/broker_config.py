@@ -1,7 +1,6 @@
 """Section [broker]: address, TLS files, credentials, and limits of a connection that is billed by the byte."""
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
@@ -14,7 +13,7 @@ from outstation.foundation.day_window import DAY_S, DayWindow
 from outstation.foundation.errors import ConfigError
 from outstation.foundation.text import mask_password
 
-# Schemes of MQTT. A device may have other sinks, see `outstation.device.bootstrap.sinks`.
+# Schemes of MQTT. A device may have other sinks, see `outstation.device.config.sinks`.
 MQTT_SCHEMES = ("mqtt", "mqtts")
 _FORM = "mqtt://HOST[:PORT] or mqtts://HOST[:PORT], with a port up to 65535"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -85,15 +84,8 @@ class BrokerConfig(Section, frozen=True):
         return msgspec.structs.replace(self, **files)
 
 
-def check_broker(
-    file: str, broker: BrokerConfig, key: str = "broker", *, schemes: Collection[str] = MQTT_SCHEMES
-) -> None:
-    """Check the URL and certificates. Raises ConfigError, also for unencrypted remote connections.
-
-    A sink with another scheme among `schemes` checks the rest of its URL itself.
-    """
-    if broker.scheme in schemes and broker.scheme not in MQTT_SCHEMES:
-        return
+def check_broker(file: str, broker: BrokerConfig, key: str = "broker") -> None:
+    """Check the URL and certificates. Raises ConfigError, also for unencrypted remote connections."""
     try:
         parts = urlsplit(broker.url)
         usable = parts.scheme in MQTT_SCHEMES and parts.hostname and (parts.port or 1) > 0

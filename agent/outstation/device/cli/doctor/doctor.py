@@ -11,7 +11,7 @@ import click
 from msgspec.structs import asdict
 
 from outstation.device import config
-from outstation.device.bootstrap import device, sinks
+from outstation.device.bootstrap import device
 from outstation.device.cli.check import STATE_COLORS, run_checks
 from outstation.device.cli.doctor import archive, fixes, flash, journal, power
 from outstation.device.config import Config
@@ -47,7 +47,7 @@ def doctor(
     if fix and os.geteuid() == 0:
         # Loading the config gives up root's rights, without which nobody changes root's files.
         file = input_files.find_config(config_file)
-        conf = config.load(file, sinks.SINKS)
+        conf = config.load(file)
         if conf.data_dir.is_dir() and conf.data_dir.stat().st_uid != 0:
             roots = [
                 item for item in fixes.find_fixes(file, conf, _read_as_owner(conf)) if fixes.belongs_to_root(item.path)

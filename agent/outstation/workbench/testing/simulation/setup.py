@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from outstation.device import config
-from outstation.device.bootstrap import sinks, tasks
+from outstation.device.bootstrap import tasks
 from outstation.device.config.config import Config
 from outstation.device.config.streams import NO_STREAM
 from outstation.device.config.tasks import NO_TASK
@@ -132,7 +132,7 @@ def load(
         file = folder / "simulated.toml"
         file.write_text(_DEFAULT_CONFIG, encoding="utf-8")
         recordings = recordings or {"watch": (builtin.recordings_dir() / "exercise.npz", ())}
-    parsed = config.load(file, sinks.SINKS)
+    parsed = config.load(file)
     document = tomllib.loads(input_files.read_text(file))
     document["models"] = {**document.get("models", {}), "confinement": "off"}
     listed = [*parsed.publishers.keys, *(key.text for key in publishers)]
