@@ -89,7 +89,8 @@ def list_parts(kind: type[Section], path: str = "", level: int = 2) -> Iterator[
         name = f"{path}{field.encode_name}"
         for below, brackets in _list_structs(get_type_hints(kind, include_extras=True)[field.name]):
             place = f"{name}.NAME" if brackets == "{}" else name
-            tag = below.__struct_config__.tag
+            # The base of the sections of other packages has the name of its class as its tag.
+            tag = below.__struct_config__.tag if below.__struct_config__.tag != below.__name__ else None
             heading = f"[[{place}]]" if brackets == "[]" else f"[{place}]"
             # The text of a key that is a section of the file is not in a table above it.
             text = texts.get(field.name, "") if not path else ""

@@ -149,3 +149,46 @@ def test_a_sink_of_another_package_takes_the_messages_and_its_error_is_a_lost_li
     wrong = run_outstation("check", "-c", str(file), env={**os.environ, **env})
     assert (wrong.returncode, "broker.url: folder://here/" in wrong.stderr) == (2, True), wrong.stderr
     assert "give folder:///PATH" in wrong.stderr
+
+
+FILE_BRIDGE = """
+import contextlib, pathlib
+from outstation.fleet.bridge_config import BridgeSection
+
+class Config(BridgeSection, frozen=True, tag="note"):
+    note_file: str
+    fault: bool = False
+
+@contextlib.contextmanager
+def build_publisher(config, section, location, is_leader):
+    if section.fault:
+        raise ZeroDivisionError("no such number")
+    pathlib.Path(section.note_file).write_text(f"{config.fleet.name} {location}")
+    yield
+    raise ZeroDivisionError("too late")
+"""
+
+
+def test_a_bridge_of_another_package_runs_beside_the_collector(tmp_path: Path) -> None:
+    install_module(tmp_path / "packages", "note_bridge", FILE_BRIDGE, "outstation.bridges", "note")
+    env = {"PYTHONPATH": str(tmp_path / "packages")}
+    home = tmp_path / "acme"
+    made = call_outstation("fleet", "init", str(home), "--no-repository", "--broker", "mqtt://127.0.0.1:9")
+    assert made.returncode == 0, made.stderr
+    config = home / "fleet.toml"
+    config.write_text(config.read_text() + '\n[bridges.diary]\nkind = "note"\nnote_file = "note"\n')
+    collector = OutstationProcess(tmp_path / "log", "fleet", "collect", "--dir", str(home)).start(**env)
+    try:
+        wait_until("the note of the bridge", lambda: (home / "note").exists() and (home / "note").read_text())
+        assert (home / "note").read_text() == f"acme {home / 'fleet.db'}"
+        assert collector.stop() == 0
+    finally:
+        collector.kill()
+    assert collector.log_contains("fleet.toml: [bridges.diary] failed as it ended")
+    config.write_text(config.read_text() + "fault = true\n")
+    failed = run_outstation("fleet", "collect", "--dir", str(home), env={**os.environ, **env})
+    assert failed.returncode == 2
+    assert "fleet.toml: [bridges.diary] does not start: ZeroDivisionError: no such number; repair" in failed.stderr
+    config.write_text(config.read_text().replace('kind = "note"', 'kind = "sparkplug"'))
+    shipped = run_outstation("fleet", "collect", "--dir", str(home), env={**os.environ, **env})
+    assert (shipped.returncode, "'sparkplug' is not a valid choice" in shipped.stderr) == (2, True), shipped.stderr

@@ -19,6 +19,7 @@ import pytest
 
 from outstation.device.config.sinks import SINKS
 from outstation.device.config.sources import SOURCES
+from outstation.fleet.bridge_config import BRIDGES
 from outstation.integrations.notify.config import TARGETS
 
 # A fork has imported everything.
@@ -108,6 +109,7 @@ GROUPS = {
     "outstation.device.config.sources": SOURCES,
     "outstation.device.config.sinks": SINKS,
     "outstation.integrations.notify.config": TARGETS,
+    "outstation.fleet.bridge_config": BRIDGES,
 }
 COMPUTED = "a module whose name is computed"
 SYSTEM = {

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec.structs import replace
 
+from outstation.fleet.bridge_config import BRIDGES, BridgeSection
 from outstation.fleet.collector.quota import Quota
 from outstation.fleet.database.interface import MAX_PARTITIONS, is_postgresql
 from outstation.fleet.database.maintenance.retention import MIN_RETENTION_S, Retention
@@ -192,6 +193,8 @@ class FleetConfig(Section, frozen=True):
     metrics: MetricsConfig = MetricsConfig()
     homeassistant: HomeAssistantConfig | None = None
     sparkplug: SparkplugConfig | None = None
+    bridges: dict[str, BridgeSection] = msgspec.field(default_factory=dict)
+    """Bridges of [other packages](../guides/plugins.md), which have keys of their own."""
     retention: Retention = Retention()
     notify: NotifyConfig = NotifyConfig()
 
@@ -205,6 +208,16 @@ class FleetConfig(Section, frozen=True):
         """Return the certificates of the authority and of the roles, without those of devices."""
         sections = (self.ca, self.collector, self.operator, self.commander, self.broker_admin)
         return [Path(section.cert_file) for section in sections if section is not None and section.cert_file]
+
+    def list_bridges(self) -> list[tuple[str, str, HomeAssistantConfig | SparkplugConfig | BridgeSection]]:
+        """Return section name, kind and section of each bridge that is switched on."""
+        sections = {name: (name, getattr(self, name)) for name in ("homeassistant", "sparkplug")}
+        sections |= {f"bridges.{name}": (section.kind, section) for name, section in self.bridges.items()}
+        return [
+            (name, kind, section)
+            for name, (kind, section) in sections.items()
+            if section is not None and getattr(section, "enabled", True)
+        ]
 
     def broker_for(self, identity: Identity | ClientCertificate) -> BrokerConfig:
         """Return the broker's settings with the certificate of `identity`."""
@@ -227,7 +240,7 @@ def load(folder: Path) -> FleetConfig:
     if not path.exists():
         problem = "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
         raise ConfigError(str(path), "", problem)
-    config = read(path, FleetConfig, strangers=_STRANGERS, plugins={"notify.targets.*": TARGETS})
+    config = read(path, FleetConfig, strangers=_STRANGERS, plugins={"notify.targets.*": TARGETS, "bridges.*": BRIDGES})
     check_name(str(path), "fleet.name", config.fleet.name)
     for task in config.fleet.tasks:
         check_name(str(path), "fleet.tasks", task)
@@ -257,6 +270,9 @@ def load(folder: Path) -> FleetConfig:
     if node is not None:
         sparkplug.check(str(path), node, config.broker)
         node = sparkplug.with_absolute_paths(node, base)
+    for name, section in config.bridges.items():
+        section.check(str(path), f"bridges.{name}")
+    bridges = {name: section.with_absolute_paths(base) for name, section in config.bridges.items()}
 
     def with_absolute_paths(section: Section) -> Section:
         files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
@@ -269,7 +285,7 @@ def load(folder: Path) -> FleetConfig:
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
     notify = config.notify.with_absolute_paths(base)
-    return replace(config, fleet=fleet, homeassistant=bridge, sparkplug=node, notify=notify, **changed)
+    return replace(config, fleet=fleet, homeassistant=bridge, sparkplug=node, bridges=bridges, notify=notify, **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:

@@ -6,12 +6,15 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from outstation.fleet import config as fleet_config
+from outstation.fleet.bridge.foreign import run_foreign
+from outstation.fleet.bridge_config import BRIDGES
 from outstation.fleet.cli.common import db_option, emit_revocation, fleet_option, fleet_options, open_store, print_lines
 from outstation.fleet.config import FleetConfig
 from outstation.fleet.database.interface import display_name
@@ -84,7 +87,7 @@ def collect(share: str | None, leave: bool, db: str | None, home: Path) -> None:
             signal.signal(number, lambda *_: collector.stop())
         with (
             _notifying(config, store.location),
-            _publishing(config, store, lambda: collector.is_leader),
+            _publishing(home, config, store, lambda: collector.is_leader),
             _serving_metrics(config, str(store.location), collector),
         ):
             collector.run()
@@ -133,17 +136,13 @@ def _notifying(config: FleetConfig, location: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _publishing(config: FleetConfig, store: FleetStore, is_leader: Callable[[], bool]) -> Iterator[None]:
+def _publishing(home: Path, config: FleetConfig, store: FleetStore, is_leader: Callable[[], bool]) -> Iterator[None]:
     """Publish for other systems beside the block, as fleet.toml asks for it. Raises UsageError."""
     with contextlib.ExitStack() as publishers:
-        if (section := config.homeassistant) is not None and section.enabled:
-            from outstation.fleet.bridge import homeassistant as bridge
-
-            publishers.enter_context(bridge.build_publisher(config, section, store.location, is_leader))
-        if (node := config.sparkplug) is not None and node.enabled:
-            from outstation.fleet.bridge import sparkplug
-
-            publishers.enter_context(sparkplug.build_publisher(config, node, store.location, is_leader))
+        for place, kind, section in config.list_bridges():
+            module = BRIDGES.load(kind, str(home / fleet_config.FILE), f"{place}.kind")
+            build = partial(module.build_publisher, config, section, store.location, is_leader)
+            publishers.enter_context(build() if BRIDGES.is_shipped(kind) else run_foreign(place, build))
         yield
 
 
