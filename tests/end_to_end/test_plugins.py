@@ -169,7 +169,7 @@ def build_publisher(config, section, location, is_leader):
 """
 
 
-def test_a_bridge_of_another_package_runs_beside_the_collector(tmp_path: Path) -> None:
+def test_the_collector_runs_a_bridge_of_another_package(tmp_path: Path) -> None:
     install_module(tmp_path / "packages", "note_bridge", FILE_BRIDGE, "outstation.bridges", "note")
     env = {"PYTHONPATH": str(tmp_path / "packages")}
     home = tmp_path / "acme"
