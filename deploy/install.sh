@@ -42,7 +42,7 @@ main() {
             --replace) replace=--replace ;;
             --request) request=${2:-}; [[ $request == ?*/?* ]] || die "--request needs FLEET/DEVICE, as acme/pi-07" 2; shift ;;
             --broker) broker=${2:-}; [[ -n $broker ]] || die "--broker needs a URL, as mqtt://127.0.0.1:1883" 2; shift ;;
-            --token) token=${2:-}; [[ -n $token ]] || die "--token needs what fleet token printed" 2; shift ;;
+            --token) token=${2:-}; [[ -n $token ]] || die "--token needs what fleet devices token printed" 2; shift ;;
             --extras) [[ ${2-} =~ ^[a-z,]*$ ]] || die "--extras needs names with commas, as images,parquet" 2; extras=${2-}; shift ;;
             --rollback | --uninstall) action=${1#--} ;;
             -h | --help) usage; exit 0 ;;

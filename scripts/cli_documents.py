@@ -1,6 +1,6 @@
-"""Documents of the command line, made from its click commands: reference page, man pages, shell completion.
+"""Documents of the command line, made from its click commands: reference pages, man pages, shell completion.
 
-python -m scripts.cli_documents                       writes docs/reference/cli.md
+python -m scripts.cli_documents                       writes docs/reference/cli.md, and cli/ with a page a group
 python -m scripts.cli_documents --man FOLDER          writes outstation.1 and one page for each command
 python -m scripts.cli_documents --completion FOLDER   writes outstation.bash, _outstation and outstation.fish
 """
@@ -20,7 +20,7 @@ from outstation import __version__
 from outstation.foundation.cli.commands import cli
 from scripts.kit.usage import answer_help
 
-PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 PROGRAM = "outstation"
 # File names that each shell looks for.
 COMPLETIONS = {"bash": f"{PROGRAM}.bash", "zsh": f"_{PROGRAM}", "fish": f"{PROGRAM}.fish"}
@@ -57,9 +57,31 @@ def walk(
                 yield from walk(below, (*path, name))
 
 
-def render_page() -> str:
-    """Return docs/reference/cli.md."""
-    return "\n".join([_HEAD, *(_render_section(path, command) for path, command in walk() if len(path) > 1)])
+def render_pages() -> dict[str, str]:
+    """Return the reference pages: file name, relative to docs/reference → Markdown.
+
+    `cli.md` has the commands of one word, and a list of the groups. Each group of `fleet` has a page, as `model` has.
+    """
+    pages = {"cli.md": [_HEAD]}
+    links: dict[str, list[str]] = {}
+    for path, command in walk():
+        words = path[1:]
+        if not words:
+            continue
+        below_fleet = words[0] == "fleet"
+        depth = 2 if below_fleet else 1
+        is_group = isinstance(command, click.Group) and len(words) <= depth
+        parts = words[: depth if is_group or len(words) > depth else depth - 1]
+        name = f"cli/{'-'.join(parts)}.md" if parts else "cli.md"
+        if name not in pages:
+            pages[name] = [
+                f"# {PROGRAM} {' '.join(parts)}\n\nMade by `python -m scripts.cli_documents`: do not edit.\n"
+            ]
+            links.setdefault(words[0], []).append(f"[{' '.join(parts)}]({name})")
+        pages[name].append(_render_section(path, command))
+    groups = [f"- {', '.join(each)}" for each in links.values()]
+    pages["cli.md"].insert(1, "\n".join(["Groups of commands have pages of their own:", "", *groups, ""]))
+    return {name: "\n".join(sections) for name, sections in pages.items()}
 
 
 def render_man_page(path: tuple[str, ...], command: click.Command) -> str:
@@ -156,7 +178,9 @@ def _roff(text: str) -> str:
 def main() -> None:
     match sys.argv[1:]:
         case []:
-            PAGE.write_text(render_page(), encoding="utf-8")
+            for name, text in render_pages().items():
+                (REFERENCE / name).parent.mkdir(exist_ok=True)
+                (REFERENCE / name).write_text(text, encoding="utf-8")
         case ["--man", folder]:
             Path(folder).mkdir(parents=True, exist_ok=True)
             for path, command in walk():

@@ -304,7 +304,7 @@ def _(parties: Parties) -> Outcome:
     return False, f"{refused} of {_FLOOD} are over its quota, and an alert is raised; {HONEST} goes on"
 
 
-@_attempt(HOSTILE, "go on after `fleet revoke`")
+@_attempt(HOSTILE, "go on after `fleet devices revoke`")
 def _(parties: Parties) -> Outcome:
     with parties.link_of_thief() as link:
         ended = parties.run_json("revoke", HOSTILE)["session_ended"]

@@ -70,9 +70,24 @@ COMMANDS = (
     *_split(_ON_FILES),
 )
 _WRITERS = (
-    *("ingest", "label", "check", "reference relearn", "fleet repository", "fleet rollout start", "fleet token"),
-    *("fleet enrol", "fleet revoke", "fleet label", "fleet disclosed", "fleet publish", "fleet collector"),
-    *("fleet keys", "fleet watch"),
+    *(
+        "ingest",
+        "label",
+        "check",
+        "reference relearn",
+        "fleet repository",
+        "fleet rollout start",
+        "fleet devices token",
+    ),
+    *(
+        "fleet enrol",
+        "fleet devices revoke",
+        "fleet labels add",
+        "fleet log disclosed",
+        "fleet publish",
+        "fleet keys collector",
+    ),
+    *("fleet keys", "fleet devices watch"),
 )
 # For damaged tables: all commands that read one, and those that open the store to write.
 READERS = tuple(c for c in COMMANDS if ("{device/" in c or "{fleet}" in c) and not c.startswith(_WRITERS))

@@ -215,7 +215,7 @@ def run(folder: Path) -> None:
         fleet.collector.start()
         steps.wait("available again", lambda: server.state(label) not in ("unavailable", ""))
         revoked = run_outstation("fleet", "revoke", DEVICE, "--dir", str(fleet.home))
-        steps.report(f"fleet revoke: exit {revoked.returncode}")
+        steps.report(f"fleet devices revoke: exit {revoked.returncode}")
         steps.wait("revoked, so removed", lambda: not server.states())
         errors = [
             line for line in server.log.read_text(errors="replace").splitlines() if "mqtt" in line and "ERROR" in line

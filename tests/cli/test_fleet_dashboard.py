@@ -1,4 +1,4 @@
-"""`outstation fleet dashboard` and `fleet user`, as people call them."""
+"""`outstation fleet dashboard` and `fleet dashboard user`, as people call them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_bad_account_is_refused(folder: Path, name: str, password: str) -> Non
 def test_beyond_this_machine_it_does_not_start_before_somebody_can_sign_in(folder: Path) -> None:
     run("user", "add", "proxied", "--no-password", "--dir", str(folder))
     refused = run("dashboard", "--listen", "0.0.0.0:0", "--dir", str(folder))
-    assert "outstation fleet user add NAME --role admin" in str(refused.exception)
+    assert "outstation fleet dashboard user add NAME --role admin" in str(refused.exception)
     assert "belong together" in str(run("dashboard", "--proxy-header", "X-User", "--dir", str(folder)).exception)
     assert "HOST:PORT" in str(run("dashboard", "--listen", "8480", "--dir", str(folder)).exception)
 

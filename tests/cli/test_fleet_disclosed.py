@@ -1,4 +1,4 @@
-"""Command `fleet disclosed`: rows are those of the signed message, are others, or are not proven."""
+"""Command `fleet log disclosed`: rows are those of the signed message, are others, or are not proven."""
 
 from __future__ import annotations
 

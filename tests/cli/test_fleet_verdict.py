@@ -1,4 +1,4 @@
-"""Commands `fleet verdict` and `fleet label-next`."""
+"""Commands `fleet labels verdict` and `fleet labels next`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands `request`, `fleet token`, `fleet enrol --request`, `join`: keys stay on the device, and so do its data."""
+"""Commands `request`, `devices token`, `fleet enrol --request`, `join`: keys stay on the device, and so do its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands `outstation label` and `outstation fleet label`: label files with and without a daemon, end to end."""
+"""Commands `outstation label` and `outstation fleet labels add`: label files with and without a daemon, end to end."""
 
 from __future__ import annotations
 

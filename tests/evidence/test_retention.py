@@ -1,4 +1,4 @@
-"""Evidence after `fleet prune`: chains begin where the collector signed that the messages before went."""
+"""Evidence after `fleet db prune`: chains begin where the collector signed that the messages before went."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_collectors_have_their_own_sessions_and_share_messages(
     tmp_path: Path, folder: Path, config: FleetConfig
 ) -> None:
     let_in(config, folder, "pi-07")
-    with pytest.raises(UsageError, match=r"collector-b\.crt: no such file.*fleet collector b"):
+    with pytest.raises(UsageError, match=r"collector-b\.crt: no such file.*fleet keys collector b"):
         collectors.resolve_identity(config, "b")
     for name in ("a", "b", "b"):
         added = collectors.add(folder, config, name)

@@ -139,7 +139,7 @@ def test_the_database_of_a_running_collector_is_not_copied(
 def test_no_collector_starts_on_a_database_that_is_copied(source: FleetStore, tmp_path: Path) -> None:
     with FleetStore(tmp_path / "fleet.db") as copying_store:
         assert copying_store.exclude_collectors()
-        with pytest.raises(StorageBusy, match="fleet migrate` copies it"):
+        with pytest.raises(StorageBusy, match="fleet db migrate` copies it"):
             source.join_collectors()
     assert source.join_collectors() == 1
 

@@ -38,7 +38,7 @@ def states(store: FleetStore, *, with_retired: bool = False) -> dict[str, str]:
 def test_a_revoked_device_is_not_online_and_a_retired_one_is_not_listed(store: FleetStore) -> None:
     populate(store)
     assert states(store) == {"pi-07": "online"}
-    with pytest.raises(UsageError, match="may still sign: `outstation fleet revoke pi-07`"):
+    with pytest.raises(UsageError, match="may still sign: `outstation fleet devices revoke pi-07`"):
         store.retire("pi-07", "eva", NOW)
     store.revoke("pi-07", None, NOW)
     assert states(store) == {"pi-07": "revoked"}

@@ -182,7 +182,7 @@ def test_a_viewer_is_revoked_although_the_file_of_the_viewers_broker_cannot_be_r
 
 
 class PasswordViewer:
-    """The viewers' broker of a fleet, and a viewer that `fleet viewer --password` lets in while it runs."""
+    """The viewers' broker of a fleet, and a viewer that `fleet keys viewer --password` lets in while it runs."""
 
     def __init__(self, home: Path, broker: MosquittoBroker) -> None:
         self.home, self.broker = home, broker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,28 @@ from scripts import cli_documents
 COMMANDS = list(cli_documents.walk())
 
 
-def test_the_reference_page_agrees_with_the_commands() -> None:
-    page = cli_documents.PAGE.read_text(encoding="utf-8")
-    assert page == cli_documents.render_page(), "run python -m scripts.cli_documents"
+def test_the_reference_pages_agree_with_the_commands() -> None:
+    pages = cli_documents.render_pages()
+    folder = cli_documents.REFERENCE
+    assert {"cli.md", *(f"cli/{path.name}" for path in (folder / "cli").iterdir())} == set(pages)
+    for name, text in pages.items():
+        assert (folder / name).read_text(encoding="utf-8") == text, "run python -m scripts.cli_documents"
+
+
+def test_each_command_is_described_once() -> None:
+    text = "\n".join(cli_documents.render_pages().values())
+    for path, _ in COMMANDS[1:]:
+        assert len(re.findall(rf"^##+ {re.escape(' '.join(path))}$", text, re.MULTILINE)) == 1, path
+
+
+def test_the_fleet_lists_at_most_twenty_commands_under_headings() -> None:
+    group = dict(COMMANDS)["outstation", "fleet"]
+    assert isinstance(group, click.Group)
+    shown = group.get_help(click.Context(group))
+    names = re.findall(r"^  ([a-z-]+)  ", shown, re.MULTILINE)
+    assert len(names) <= 20
+    assert sorted(names) == sorted(group.list_commands(click.Context(group)))
+    assert "Commands:" not in shown
 
 
 def test_every_command_has_an_example_that_calls_it() -> None:
@@ -51,4 +71,4 @@ def test_words_are_completed() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "outstation"], env=os.environ | variables, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["plain,enrol", "plain,enrol-list"]
+    assert done.stdout.split() == ["plain,enrol"]

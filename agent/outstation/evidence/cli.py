@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from outstation.fleet.cli.common import database_options, open_for_reading, print_lines, progress_bar
+from outstation.fleet.cli.common import (
+    database_options,
+    is_without_command,
+    open_for_reading,
+    print_lines,
+    progress_bar,
+)
 from outstation.foundation import clock, input_files
 from outstation.foundation.cli.options import DURATION, PATH, json_option
 from outstation.foundation.cli.output import emit
@@ -61,7 +67,7 @@ def evidence(ctx: click.Context, /, out: Path | None, as_json: bool, **sources: 
 
     Exit 1 if the audit of the database fails; the folder is written anyway, and says so.
     """
-    if ctx.invoked_subcommand is not None:
+    if not is_without_command(ctx, sources["home"]):
         if out is not None:
             raise UsageError(f"--out before {ctx.invoked_subcommand} would write a folder; leave it out")
         return

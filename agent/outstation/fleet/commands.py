@@ -202,7 +202,7 @@ class _ReplyMatcher:
             if (reply := self.retry_unverified()) is not None:
                 return reply, ""
         refused = f" A reply did not verify: {self.refusal}." if self.refusal else ""
-        late = f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`."
+        late = f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet devices watch`."
         return None, late + refused
 
     def match_reply(self, delivery: IncomingMessage) -> ReplyPayload | None:

@@ -141,7 +141,7 @@ class FleetConfig(Section, frozen=True):
     ```
     """
     collector: SigningIdentity
-    """Signs acknowledgements, and statements of what `fleet prune` removed.
+    """Signs acknowledgements, and statements of what `fleet db prune` removed.
 
     ```toml
     [collector]
@@ -200,7 +200,7 @@ class FleetConfig(Section, frozen=True):
 
     @property
     def command_broker(self) -> BrokerConfig:
-        """Return the broker's settings for commands and rollouts: `fleet watch` uses the operator's connection."""
+        """Return the broker's settings for commands and rollouts; `devices watch` uses the operator's connection."""
         return self.broker_for(self.commander or self.operator)
 
     @property

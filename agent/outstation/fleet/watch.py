@@ -149,7 +149,9 @@ def receive_deliveries(
                     retry.reset()
         except (LinkDown, StorageError) as down:
             if TAKEN_OVER in str(down).lower():
-                raise UsageError("another `fleet watch` connected with this certificate; run one at a time") from None
+                raise UsageError(
+                    "another `fleet devices watch` connected with this certificate; run one at a time"
+                ) from None
             report(f"{down}; trying again")
             wake = time.monotonic() + retry.next_delay()
             while time.monotonic() < min(wake, end or wake):

@@ -322,7 +322,7 @@ def test_at_the_fleets_broker_each_may_do_its_part_and_no_more(
     store.enrol("pi.01", sender.key.public, replace=False, now=NOW)
     store.ingest([Arrival(sender.verify(sender.state()))], [], NOW)
     section = HomeAssistantConfig()
-    with pytest.raises(UsageError, match="outstation fleet homeassistant"):
+    with pytest.raises(UsageError, match="outstation fleet keys homeassistant"):
         build_publisher(secured, section, secured.fleet.db, lambda: True)
     done = homeassistant.add(folder, secured)
     assert homeassistant.add(folder, secured) == done, "the command can be repeated"

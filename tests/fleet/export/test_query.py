@@ -127,4 +127,4 @@ def test_a_forged_chunk_does_not_read_other_files(folder: Path, tmp_path: Path, 
 def test_without_an_export_the_shell_of_the_database_is_named(tmp_path: Path) -> None:
     result = run(tmp_path, "SELECT 1")
     assert isinstance(result.exception, UsageError)
-    assert "fleet export --out DIR" in str(result.exception)
+    assert "fleet db export --out DIR" in str(result.exception)

@@ -266,7 +266,7 @@ def test_missing_and_silent_brokers_are_link_down_in_time(tmp_path: Path) -> Non
 
 
 def test_an_interrupted_link_closes_its_sockets(broker: MosquittoBroker) -> None:
-    """paho holds a lock at some of them: a Ctrl-C there left `fleet watch` waiting for itself."""
+    """paho holds a lock at some of them: a Ctrl-C there left `fleet devices watch` waiting for itself."""
     writer = Link(settings(broker), "writer")
     writer.send(OutgoingMessage("a/b", b"x", retain=True))
     receipts(writer, 1)

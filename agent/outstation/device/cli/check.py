@@ -60,7 +60,7 @@ from outstation.ml.model.sandbox import confinement
 _FETCH_TIMEOUT_S = 20.0
 # Of the bytes of a message, with `[broker] compress`.
 _COMPRESSED_SHARE = 0.3
-# `fleet renew` renews 90 days before the end, each day.
+# `fleet devices renew` renews 90 days before the end, each day.
 _CERTIFICATE_WARNING_DAYS = 60
 STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -222,7 +222,10 @@ def _check_certificate(end: datetime) -> CheckResult:
     left = (end.timestamp() - clock.read().wall_us / 1e6) / 86_400
     if left > _CERTIFICATE_WARNING_DAYS:
         return CheckResult("certificate", "ok", f"valid until {end:%Y-%m-%d}")
-    fix = "`outstation fleet renew` at the operator; after its end, `outstation request` here and `join` the answer"
+    fix = (
+        "`outstation fleet devices renew` at the operator; after its end, `outstation request` here and `join` "
+        "the answer"
+    )
     state = "failed" if left <= 0 else "warning"
     return CheckResult("certificate", state, f"{'ended' if left <= 0 else 'ends'} on {end:%Y-%m-%d}: {fix}")
 

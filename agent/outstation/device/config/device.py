@@ -132,11 +132,11 @@ class PrivacyConfig(Section, frozen=True):
 
     See [concepts/privacy.md](../concepts/privacy.md).
 
-    What `encrypt = true` costs: nobody but the collectors, `outstation fleet watch` and the sender of a command can
-    read what this device sends, also what is retained (`state`, `keys`). A sealed message has 58 bytes more inside and
-    176 bytes of properties less. Sealing takes 109 µs of an x86 core, signing 44 µs. The journal, `[collector]
-    delivery` and resending do not change. Messages stay in the clear in the device's store, and in the collector's
-    database.
+    What `encrypt = true` costs: nobody but the collectors, `outstation fleet devices watch` and the sender of a
+    command can read what this device sends, also what is retained (`state`, `keys`). A sealed message has 58 bytes
+    more inside and 176 bytes of properties less. Sealing takes 109 µs of an x86 core, signing 44 µs. The journal,
+    `[collector] delivery` and resending do not change. Messages stay in the clear in the device's store, and in the
+    collector's database.
     """
 
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10

@@ -93,7 +93,7 @@ RETENTION_FILE = "retention.jsonl"
 
 
 class RetentionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Line of retention.jsonl: the newest statement of what `fleet prune` removed of a device, as it was signed."""
+    """Line of retention.jsonl: the newest statement of what `fleet db prune` removed of a device, as it was signed."""
 
     payload: str
     jws: LongText

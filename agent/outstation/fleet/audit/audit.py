@@ -9,7 +9,7 @@ For each device and log, in one pass and in constant memory:
 - results cover each row once, for each task and stream up to the cursors in `health`, except rows that a signed audit
   message declares as evicted
 - every table that follows from the messages is as they give it (see `audit.stored_rows` and `audit.replay`)
-- what `fleet prune` removed is signed by a collector, and what stays follows it (see `audit.pruned`)
+- what `fleet db prune` removed is signed by a collector, and what stays follows it (see `audit.pruned`)
 - each decision about a rollout is signed by an operator and follows the one before (see `audit.rollouts`)
 """
 

@@ -1,4 +1,4 @@
-"""Retention statement: what `fleet prune` removed of a device, signed with the collector's key.
+"""Retention statement: what `fleet db prune` removed of a device, signed with the collector's key.
 
 Its state is that of an audit of all that went, so that an audit continues from there: the last digest of each chain,
 gaps and coverage so far, the rows that several messages gave, and the alerts that are still open. Each statement

@@ -60,6 +60,6 @@ def _choose_broker(config: FleetConfig, section: HomeAssistantConfig) -> BrokerC
     if not Path(identity.cert_file).exists():
         raise UsageError(
             "fleet.toml: [homeassistant] needs a certificate of its own at the fleet's broker; issue it by `outstation "
-            "fleet homeassistant`, or name Home Assistant's broker in [homeassistant.broker]"
+            "fleet keys homeassistant`, or name Home Assistant's broker in [homeassistant.broker]"
         )
     return config.broker_for(identity)

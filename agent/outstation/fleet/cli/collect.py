@@ -146,7 +146,7 @@ def _publishing(home: Path, config: FleetConfig, store: FleetStore, is_leader: C
         yield
 
 
-@click.command("homeassistant", epilog="Example: outstation fleet homeassistant --dir acme")
+@click.command("homeassistant", epilog="Example: outstation fleet keys homeassistant --dir acme")
 @fleet_options
 def homeassistant(home: Path, as_json: bool) -> None:
     """Let the bridge and Home Assistant connect to the fleet's broker: issue their TLS certificates.
@@ -160,7 +160,7 @@ def homeassistant(home: Path, as_json: bool) -> None:
     emit(document, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
 
 
-@click.command("collector", epilog="Example: outstation fleet collector b")
+@click.command("collector", epilog="Example: outstation fleet keys collector b")
 @click.argument("name")
 @click.option("--revoke", is_flag=True, help="Shut NAME out: end its session, revoke its certificate.")
 @fleet_options
@@ -181,7 +181,7 @@ def collector(name: str, revoke: bool, home: Path, as_json: bool) -> None:
     emit(document, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
 
 
-@click.command("reissue", epilog="Example: outstation fleet reissue operator")
+@click.command("reissue", epilog="Example: outstation fleet keys reissue operator")
 @click.argument("role")
 @fleet_options
 def reissue(role: str, home: Path, as_json: bool) -> None:

@@ -41,11 +41,11 @@ def command(device: str, name: str, args: tuple[str, ...], wait_s: float, yes: b
     relearn TASK [TIME]          learn the site's drift reference again, from at least TIME ("24 h") of readings
     reset-reference TASK         discard it, and learn another as the config says
     accept-reference TASK        accept a learned reference that deviates
-    label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
+    label TASK COLUMNS           add labels in JSON columns; `fleet labels add --send` reads them from a file
     sample TASK ROW              send readings around a result, if the device's owner consents ([samples])
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key
-    install-certificate PEM      store a renewed TLS certificate; `fleet renew` sends it
+    install-certificate PEM      store a renewed TLS certificate; `fleet devices renew` sends it
     wipe                         erase readings, outbox, state and keys: at once if a second operator's key sends it,
                                  too, else after [operators] wipe_delay
     cancel-wipe                  cancel the pending wipe
@@ -65,7 +65,7 @@ def command(device: str, name: str, args: tuple[str, ...], wait_s: float, yes: b
     _report(send_command(home, config, store, device, name, values, wait_s), as_json)
 
 
-@click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
+@click.command("revoke", epilog="Example: outstation fleet devices revoke pi-07")
 @click.argument("device")
 @click.option("--kid", metavar="KID", help="Revoke only the key with this thumbprint.")
 @fleet_options
@@ -102,12 +102,12 @@ def revoke(device: str, kid: str | None, home: Path, as_json: bool) -> None:
     emit(document, as_json, lambda: print_lines(*lines, *done.steps), passed=not done.failed)
 
 
-@click.command("remove", epilog="Example: outstation fleet remove pi-07")
+@click.command("remove", epilog="Example: outstation fleet devices remove pi-07")
 @click.argument("device")
 @click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
 @fleet_options
 def remove(device: str, by: str, home: Path, as_json: bool) -> None:
-    """Remove a retired DEVICE: revoke what `fleet revoke` revokes, and list it and its alerts no longer.
+    """Remove a retired DEVICE: revoke what `fleet devices revoke` revokes, and list it and its alerts no longer.
 
     What it sent stays stored, and the audit still verifies it. `fleet devices --all` lists it. Exit 1 if its
     certificate could not be revoked: it is then not removed.

@@ -34,11 +34,23 @@ def _inherit(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 
 
 def _find_home(ctx: click.Context, parameter: click.Parameter, folder: str | None) -> Path:
-    """Return the fleet's folder, and continue as its owner: files that root made there would stop the collector."""
+    """Return the fleet's folder, and continue as its owner: files that root made there would stop the collector.
+
+    A group does not: its command may name another folder. `is_without_command` does so where none follows.
+    """
     home = _inherit(ctx, parameter, folder)
     home = home if isinstance(home, Path) else fleet_config.find_folder(home)
-    become_owner(home)
+    if not isinstance(ctx.command, click.Group):
+        become_owner(home)
     return home
+
+
+def is_without_command(ctx: click.Context, home: Path) -> bool:
+    """Return True if a group itself has to run, and continue as the owner of the fleet's folder."""
+    if ctx.invoked_subcommand is not None:
+        return False
+    become_owner(home)
+    return True
 
 
 fleet_option = click.option(

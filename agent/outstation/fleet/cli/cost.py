@@ -1,4 +1,4 @@
-"""Command `outstation fleet cost`: usage and money of the fleet in a month, beside a cloud endpoint."""
+"""Command `outstation fleet devices cost`: usage and money of the fleet in a month, beside a cloud endpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from outstation.foundation.errors import UsageError
 from outstation.foundation.text import format_duration
 
 
-@click.command(epilog="Example: outstation fleet cost --prices prices.toml --plot cost.svg")
+@click.command(epilog="Example: outstation fleet devices cost --prices prices.toml --plot cost.svg")
 @device_option
 @prices_option
 @show_prices_option

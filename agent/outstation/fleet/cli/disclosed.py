@@ -1,4 +1,4 @@
-"""Command `outstation fleet disclosed`: compares rows that a device disclosed with its signed message."""
+"""Command `outstation fleet log disclosed`: compares rows that a device disclosed with its signed message."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from outstation.fleet.database.store import FleetStore
 
 
-@click.command("disclosed", epilog="Example: outstation fleet disclosed rows.json")
+@click.command("disclosed", epilog="Example: outstation fleet log disclosed rows.json")
 @click.argument("file", type=PATH)
 @fleet_options
 def disclosed(file: Path, home: Path, as_json: bool) -> None:

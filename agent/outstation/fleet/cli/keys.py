@@ -37,7 +37,15 @@ class _KeyCommand(click.Command):
         return super().parse_args(ctx, [*(arg for arg in args if arg not in keys), "--", *keys] if keys else args)
 
 
-@click.group(cls=SentenceGroup)
+@click.group(
+    cls=SentenceGroup,
+    places={
+        "collector": "outstation.fleet.cli.collect:collector",
+        "homeassistant": "outstation.fleet.cli.collect:homeassistant",
+        "reissue": "outstation.fleet.cli.collect:reissue",
+        "viewer": "outstation.fleet.cli.watch:viewer",
+    },
+)
 def keys() -> None:
     """Add and revoke the keys of operators and collector on all devices.
 

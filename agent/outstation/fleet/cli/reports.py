@@ -1,4 +1,4 @@
-"""`outstation fleet devices`, `alerts`, `gaps` and `audit`: the state of the fleet and of its database."""
+"""`outstation fleet devices`, `alerts`, `audit`, `log gaps` and `log accept`: the fleet's state, from its database."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from outstation.fleet import config as fleet_config
 from outstation.fleet.cli.common import (
     database_options,
     device_option,
+    is_without_command,
     open_for_reading,
     open_store,
     print_lines,
@@ -23,6 +24,7 @@ from outstation.fleet.incidents import incidents
 from outstation.fleet.incidents.incidents import Incident, IncidentFilter
 from outstation.foundation import clock, durable_files
 from outstation.foundation.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
+from outstation.foundation.cli.groups import SentenceGroup
 from outstation.foundation.cli.options import DURATION, PATH, by_option, note_option
 from outstation.foundation.cli.output import emit, print_table
 from outstation.foundation.errors import UsageError
@@ -39,14 +41,31 @@ _FOLLOW_POLL_S = 2.0
 _FOLLOWED_COLUMNS = {"time": 27, "device": 8, "task": 8, "status": 12, "severity": 8, "alert": 7, "summary": 0}
 
 
-@click.command("devices", epilog="Example: outstation fleet devices --dir acme")
+@click.group(
+    "devices",
+    cls=SentenceGroup,
+    places={
+        "cost": "outstation.fleet.cli.cost:cost",
+        "enrol-list": "outstation.fleet.cli.enrolment.enrol:enrol_list",
+        "remove": "outstation.fleet.cli.command:remove",
+        "renew": "outstation.fleet.cli.enrolment.enrol:renew",
+        "revoke": "outstation.fleet.cli.command:revoke",
+        "token": "outstation.fleet.cli.enrolment.enrol:token",
+        "watch": "outstation.fleet.cli.watch:watch",
+    },
+    invoke_without_command=True,
+    epilog="Example: outstation fleet devices --dir acme",
+)
 @click.option("--all", "with_retired", is_flag=True, help="Devices that were removed, too.")
 @database_options
-def devices(with_retired: bool, db: str | None, home: Path, as_json: bool) -> None:
-    """List the enrolled devices with their state, their clock and their open alerts.
+@click.pass_context
+def devices(ctx: click.Context, with_retired: bool, db: str | None, home: Path, as_json: bool) -> None:
+    """List the enrolled devices with their state, clock and open alerts; let in, renew and shut out.
 
     The state is the one that the device sent last, or `revoked` if none of its keys may sign.
     """
+    if not is_without_command(ctx, home):
+        return
     config, store = open_for_reading(home, db)
     rows = [
         {
@@ -75,7 +94,7 @@ def devices(with_retired: bool, db: str | None, home: Path, as_json: bool) -> No
     emit(rows, as_json, lambda: print_table(columns, cells, empty))
 
 
-@click.command("accept-log", epilog="Example: outstation fleet accept-log pi-07")
+@click.command("accept", epilog="Example: outstation fleet log accept pi-07")
 @click.argument("device")
 @click.argument("log", required=False)
 @database_options
@@ -103,7 +122,13 @@ def accept_log(device: str, log: str | None, db: str | None, home: Path, as_json
     emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
 
 
-@click.group("alerts", invoke_without_command=True, epilog="Example: outstation fleet alerts --device pi-07")
+@click.group(
+    "alerts",
+    cls=SentenceGroup,
+    places={"notify": "outstation.fleet.cli.notify.commands:notify"},
+    invoke_without_command=True,
+    epilog="Example: outstation fleet alerts --device pi-07",
+)
 @click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
 @follow_option
 @device_option
@@ -124,7 +149,7 @@ def alerts(
     ends when the alert becomes worse or comes back; a mute lasts until its time. With --follow, each alert that is
     raised, changed or cleared meanwhile is a line; with --json, too, a line of JSON.
     """
-    if ctx.invoked_subcommand is not None:
+    if not is_without_command(ctx, home):
         return
     _, store = open_for_reading(home, db, device)
     if follow:
@@ -253,7 +278,7 @@ def _report(action: str, incident: Incident, members: dict[str, Any], as_json: b
     emit({"incident": incident.ref, "action": action, **members}, as_json, lambda: print_lines(line))
 
 
-@click.command("gaps", epilog="Example: outstation fleet gaps")
+@click.command("gaps", epilog="Example: outstation fleet log gaps")
 @device_option
 @database_options
 def gaps(device: str | None, db: str | None, home: Path, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""`outstation fleet watch` and `viewer`: verified messages as they arrive, and clients that read them."""
+"""`outstation fleet devices watch` and `viewer`: verified messages as they arrive, and clients that read them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from outstation.foundation.extras import install_command
 from outstation.protocol.wire import keys
 
 
-@click.command("watch", epilog="Example: outstation fleet watch --raw --seconds 10")
+@click.command("watch", epilog="Example: outstation fleet devices watch --raw --seconds 10")
 @click.option("--raw", is_flag=True, help="Print one line per message, like mosquitto_sub -v, with the verdict.")
 @click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="Stop after this time.")
 @db_option
@@ -64,7 +64,7 @@ def _table_printer() -> Callable[..., None]:
     return show_table
 
 
-@click.command("viewer", epilog="Example: outstation fleet viewer laptop")
+@click.command("viewer", epilog="Example: outstation fleet keys viewer laptop")
 @click.argument("name")
 @click.option("--password", "with_password", is_flag=True, help="Make a password, shown once.")
 @click.option("--revoke", is_flag=True, help="Shut NAME out: end its sessions, revoke its certificate and password.")

@@ -99,7 +99,7 @@ class LeaderTasks:
             summary = (
                 f"{name} sends more than its quota: {count.n} messages within {now.boot_s - count.since_s:.0f} s "
                 "were neither stored nor acknowledged, and stay on the device. Raise [quota] in fleet.toml if they are "
-                f"needed; otherwise revoke the device: outstation fleet revoke {name}."
+                f"needed; otherwise revoke the device: outstation fleet devices revoke {name}."
             )
             self._raise_alarm(OVER_QUOTA_AT_COLLECTOR, self._quota_alarm, name, summary, now)
 

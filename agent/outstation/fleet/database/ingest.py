@@ -143,7 +143,7 @@ class IngestBatch:
                 yield "conflict"
 
     def _remove_pruned(self, rows: Sequence[Row], added: Sequence[bool]) -> list[bool]:
-        """Take back messages that `fleet prune` removed before; return which of the others are new.
+        """Take back messages that `fleet db prune` removed before; return which of the others are new.
 
         After the insert, because a pruning waits for transactions that wrote messages.
         """

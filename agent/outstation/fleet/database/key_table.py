@@ -65,7 +65,9 @@ def retire(db: Connection, device: str, by: str, now: str) -> None:
     """Record that an operator removed `device`. Raises UsageError if a key of it may still sign."""
     db.lock_devices([device])
     if db.execute("SELECT 1 FROM keys WHERE device = ? AND revoked IS NULL", (device,)).fetchone() is not None:
-        raise UsageError(f"a key of device {device!r} may still sign: `outstation fleet revoke {device}` revokes it")
+        raise UsageError(
+            f"a key of device {device!r} may still sign: `outstation fleet devices revoke {device}` revokes it"
+        )
     db.execute("INSERT INTO retired_devices VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (device, now, by))
 
 

@@ -42,7 +42,7 @@ _COLLECTION = (
         device TEXT NOT NULL, log TEXT NOT NULL, last_seq INTEGER NOT NULL, since TEXT NOT NULL, latest TEXT NOT NULL,
         live BOOLEAN NOT NULL{ROWID}, PRIMARY KEY (device, log))""",
     # `successor` (or with '' the next log) takes the place of `log`, which ended at last_seq, unless a new message
-    # arrives in it after `until`. source: `device` if it says so, `operator` for `fleet accept-log` and a new key.
+    # arrives in it after `until`. source: `device` if it says so, `operator` for `fleet log accept` and a new key.
     """CREATE TABLE log_successors (
         device TEXT NOT NULL, log TEXT NOT NULL, successor TEXT NOT NULL, last_seq INTEGER NOT NULL,
         until TEXT NOT NULL, source TEXT NOT NULL, PRIMARY KEY (device, log, successor, source)) WITHOUT ROWID""",
@@ -53,8 +53,8 @@ _COLLECTION = (
     """CREATE TABLE gaps (
         device TEXT NOT NULL, log TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
         declared BOOLEAN NOT NULL, PRIMARY KEY (device, log, first)) WITHOUT ROWID""",
-    # The n-th statement about what `fleet prune` removed of a device, signed with a collector's key. state: JSON, from
-    # which an audit continues; NULL but for the newest one.
+    # The n-th statement about what `fleet db prune` removed of a device, signed with a collector's key. state: JSON,
+    # from which an audit continues; NULL but for the newest one.
     """CREATE TABLE retention (
         device TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL,
         state BLOB, PRIMARY KEY (device, n))""",
@@ -194,7 +194,7 @@ _CLOCKS = (
 )
 
 _OPERATORS = (
-    # Ground truth from `fleet label`; labels sent to a device are in its messages, as metrics only. source: human,
+    # Ground truth from `fleet labels add`; labels sent to a device are in its messages, as metrics only. source: human,
     # system or model; given_by: who stored it.
     """CREATE TABLE labels (
         device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, label TEXT NOT NULL,

@@ -212,10 +212,10 @@ class SqliteDatabase:
         return True
 
     def join_collectors(self) -> int:
-        """Return 1. Raises StorageBusy while another collector has the database, or `fleet migrate` copies it."""
+        """Return 1. Raises StorageBusy while another collector has the database, or `fleet db migrate` copies it."""
         if not self.exclude_collectors():
             problem = (
-                "another collector runs on it, or `outstation fleet migrate` copies it. Stop that one, or move to "
+                "another collector runs on it, or `outstation fleet db migrate` copies it. Stop that one, or move to "
                 "PostgreSQL, where several share the messages: outstation fleet collect --share NAME"
             )
             raise StorageBusy(f"{self.path}: {problem}")

@@ -234,7 +234,7 @@ class FleetStore:
             db.lock_devices([device])
             if db.execute("SELECT 1 FROM logs WHERE device = ? AND log = ?", (device, log)).fetchone() is None:
                 raise UsageError(
-                    f"device {device!r} has no log {log!r}; `outstation fleet accept-log {device}` lists them"
+                    f"device {device!r} has no log {log!r}; `outstation fleet log accept {device}` lists them"
                 )
             ended = log_succession.end_logs(db, device, log, now)
             log_succession.update_live_logs(db, [device], now)

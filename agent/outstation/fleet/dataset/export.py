@@ -78,7 +78,7 @@ def export(
         reasons = ", ".join(f"{n} {reason}" for reason, n in gathered.left_out.items() if n)
         raise UsageError(
             f"no readable sample of task {selection.task!r}{reasons and f' ({reasons} left out)'}; devices send them "
-            "where their owners consent ([samples] in their config): `outstation fleet samples DEVICE`"
+            "where their owners consent ([samples] in their config): `outstation fleet dataset samples DEVICE`"
         )
     derived_columns = None if features is None else derived.compute(features, gathered)
     card = cards.build(gathered, selection, licence, created, derived_columns)

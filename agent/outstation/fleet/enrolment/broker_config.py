@@ -18,7 +18,7 @@ _COMMON = """\
 persistence true
 persistence_location {folder}/data/
 autosave_interval 60
-# For `fleet revoke`, which lets a broker on its own machine read the revocation list.
+# For `fleet devices revoke`, which lets a broker on its own machine read the revocation list.
 pid_file {folder}/mosquitto.pid
 
 # Send small replies at once; without it a publisher that waits for each PUBACK stalls 40 ms.
@@ -49,9 +49,9 @@ listener {port}
 cafile {folder}/ca.pem
 certfile {folder}/server.crt
 keyfile {folder}/server.key
-# Revoked certificates, from `fleet revoke` and `fleet enrol --replace`. Mosquitto reads the list at its start and on
-# SIGHUP, which they send it and which ends no open connection; if the file is unreadable then, Mosquitto accepts every
-# certificate.
+# Revoked certificates, from `fleet devices revoke` and `fleet enrol --replace`. Mosquitto reads the list at its start
+# and on SIGHUP, which they send it and which ends no open connection; if the file is unreadable then, Mosquitto accepts
+# every certificate.
 {crl}
 tls_version tlsv1.2
 # Only clients with a certificate of this fleet connect ...
@@ -60,7 +60,7 @@ allow_anonymous false
 # ... under the name in its CN, which the access rules use ...
 use_identity_as_username true
 # ... and as their client id: otherwise a device could disconnect another one by taking its id.
-# Cost: one connection per certificate. A second `fleet watch` with the operator's certificate ends the first;
+# Cost: one connection per certificate. A second `fleet devices watch` with the operator's certificate ends the first;
 # commands use their own certificate, `commander`, and wait for each other.
 use_username_as_clientid true
 """

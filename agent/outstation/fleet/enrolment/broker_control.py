@@ -216,5 +216,5 @@ def _load_pending(folder: Path) -> list[AccessChange]:
     except FileNotFoundError:
         return []
     except (OSError, msgspec.DecodeError) as error:
-        hint = "remove it, and repeat the last `fleet enrol` and `fleet revoke`"
+        hint = "remove it, and repeat the last `fleet enrol` and `fleet devices revoke`"
         raise StorageError(f"{path}: changes for the broker cannot be read: {error}; {hint}") from error

@@ -27,7 +27,7 @@ def resolve_identity(config: FleetConfig, name: str) -> Identity:
     if not Path(files.cert_file).exists():
         raise UsageError(
             f"{files.cert_file}: no such file; the broker tells collectors apart by their certificates, and "
-            f"`outstation fleet collector {name}` issues this one"
+            f"`outstation fleet keys collector {name}` issues this one"
         )
     return msgspec.structs.replace(configured, cert_file=files.cert_file, tls_key_file=files.tls_key_file)
 

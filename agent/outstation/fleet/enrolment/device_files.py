@@ -106,7 +106,7 @@ class DeviceFiles:
     def write_public(self, home: Path) -> None:
         """Write the public files to `home`, the certificate last: with it the files are complete.
 
-        A renewed certificate stays out: `fleet renew` takes the one in `home` for that of the device.
+        A renewed certificate stays out: `fleet devices renew` takes the one in `home` for that of the device.
         """
         for name, data in self.public.items():
             if name != CERTIFICATE or not self._is_renewal:

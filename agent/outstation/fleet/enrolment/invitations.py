@@ -44,7 +44,7 @@ def create(folder: Path, config: FleetConfig, device: str, now_us: int, valid_us
     if config.ca is None or config.broker_admin is None:
         raise UsageError(
             f"the broker {config.broker.shown_url} has no access rules, so nobody can be let in for one request; "
-            "use `fleet token`, or make the fleet with an mqtts:// broker"
+            "use `fleet devices token`, or make the fleet with an mqtts:// broker"
         )
     home = device_folder(folder, device)
     if (former := _load(home)) is not None:

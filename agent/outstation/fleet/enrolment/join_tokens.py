@@ -43,7 +43,7 @@ def authenticate(home: Path, request: EnrolmentRequest, thumbprint: str | None, 
     UsageError.
     """
     device, kid = request.body.device, request.key.kid
-    again = f"make a token with `outstation fleet token {device}`, then make the request again with it"
+    again = f"make a token with `outstation fleet devices token {device}`, then make the request again with it"
     if thumbprint is not None and thumbprint != kid:
         raise UsageError(f"the request for {device!r} has key {kid}, not {thumbprint}: it is another device's request")
     if not request.body.proof:

@@ -24,7 +24,7 @@ from outstation.foundation.errors import UsageError
 CA_YEARS = 10
 # Certificates of the broker and the fleet's roles, which an operator can reach.
 LEAF_LIFETIME = timedelta(days=3650)
-# `fleet renew` renews it over MQTT while RENEW_BEFORE or less is left of it.
+# `fleet devices renew` renews it over MQTT while RENEW_BEFORE or less is left of it.
 DEVICE_LIFETIME, RENEW_BEFORE = timedelta(days=365), timedelta(days=90)
 # Machines without a battery clock start in the past; a day covers the lag of a saved clock.
 BACKDATE = timedelta(days=1)

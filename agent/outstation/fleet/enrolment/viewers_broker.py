@@ -48,7 +48,7 @@ log_type error
 log_type warning
 log_type notice
 
-# Viewers and their passwords, which `fleet viewer` changes while the broker runs.
+# Viewers and their passwords, which `fleet keys viewer` changes while the broker runs.
 plugin {plugin}
 plugin_opt_config_file {folder}/{access}
 

@@ -30,7 +30,7 @@ MAX_PROBLEMS = 1000
 class ExportReport(msgspec.Struct):
     """`pending`: stored messages that the export does not hold yet. `leftovers`: files that no chunk names.
 
-    `pruned`: exported messages that `fleet prune` removed since, so that only the hash of their file is compared.
+    `pruned`: exported messages that `fleet db prune` removed since, so that only the hash of their file is compared.
     """
 
     folder: str
@@ -63,7 +63,7 @@ def check_export(store: FleetStore, folder: Path, fleet: str, collectors: Sequen
     """
     manifest = manifests.load(folder)
     if manifest is None:
-        raise UsageError(f"{folder}: no export here; `outstation fleet export --out DIR` makes one")
+        raise UsageError(f"{folder}: no export here; `outstation fleet db export --out DIR` makes one")
     report = ExportReport(str(folder))
     if manifest.fleet != fleet:
         report.add_problem(f"is the export of fleet {manifest.fleet!r}")

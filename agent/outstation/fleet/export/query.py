@@ -33,7 +33,7 @@ class ExportQueries:
             raise UsageError(f"SQL over an export needs duckdb: {install_command('sql')}") from None
         manifest = manifests.load(folder)
         if manifest is None:
-            raise UsageError(f"{folder}: no export here; `outstation fleet export --out DIR` makes one")
+            raise UsageError(f"{folder}: no export here; `outstation fleet db export --out DIR` makes one")
         files: dict[str, list[str]] = {name: [] for name in manifest.filters.kinds}
         for chunk in manifest.read_chunks(folder):
             for file in chunk.files:

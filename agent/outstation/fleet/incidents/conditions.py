@@ -150,7 +150,7 @@ def _check_unseen(view: DeviceView, *, is_open: bool) -> Condition | None:
     moment = _format_moment(view, view.status.enrolled)
     summary = (
         f"No valid message has arrived from {view.device} since it was enrolled on {moment}. Run `outstation check` "
-        "there, or `outstation fleet remove` if it is not to come."
+        "there, or `outstation fleet devices remove` if it is not to come."
     )
     return Condition(DEVICE_SILENT, view.device, summary, "warning")
 

@@ -25,7 +25,7 @@ def find(db: Connection, device: str | None = None, task: str | None = None) -> 
             summary = (
                 f"{by} contradicted {wrong} of {n} results of {task_name} at {name}, whose scores predict about "
                 f"{expected:.0f} errors: these {noun} seem to repeat the model's answers. Label some results "
-                "without seeing the answer (`fleet label-next` lists random ones)."
+                "without seeing the answer (`fleet labels next` lists random ones)."
             )
             head = {"kind": "agrees", "device": name, "task": task_name, "by": by, "origin": origin}
             warnings.append({**head, "n": n, "wrong": wrong, "expected_wrong": round(expected, 2), "summary": summary})

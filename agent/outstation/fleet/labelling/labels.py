@@ -94,7 +94,7 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
         if "\0" in label.text:
             problem = "holds the character NUL"
         elif label.source == VERDICT:
-            problem = "a verdict is no ground truth; give it by `outstation fleet verdict result`"
+            problem = "a verdict is no ground truth; give it by `outstation fleet labels verdict result`"
         elif row is not None:
             problem = schemas.check_label(label, results.seq_by_row[row])
         if row is None or problem is not None:

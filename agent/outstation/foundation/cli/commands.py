@@ -103,9 +103,8 @@ def _suggest_command(word: str) -> str:
     if close := difflib.get_close_matches(word, _COMMANDS, 1):
         return f"; did you mean {close[0]!r}?"
     for group in ("fleet", "model"):
-        inner = import_command(_COMMANDS[group][0]).list_commands(click.Context(cli))
-        if close := difflib.get_close_matches(word, inner, 1):
-            return f"; did you mean `outstation {group} {close[0]}`?"
+        if close_below := import_command(_COMMANDS[group][0]).find_similar(click.Context(cli), word):
+            return f"; did you mean `outstation {group} {close_below}`?"
     return ""
 
 

@@ -327,14 +327,15 @@ OVER_QUOTA_AT_COLLECTOR = AlertKind(
     "More than 20 messages of a device within ten minutes were over its quota at the collector. They were neither "
     "stored nor acknowledged, and stay on the device, which sends them again. Messages of other devices go on.",
     "A device that floods the fleet; a schedule that publishes too much; a backlog larger than the quota's burst.",
-    "Look at what the device sends. Raise `[quota]` in fleet.toml, or revoke the device: `outstation fleet revoke`.",
+    "Look at what the device sends. Raise `[quota]` in fleet.toml, or revoke the device: "
+    "`outstation fleet devices revoke`.",
     "After an hour without such a message.",
 )
 SIGNED_TWICE = AlertKind(
     *("Two messages with one number", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),
     "A device signed two different messages with the same number of one log. The collector keeps the first one.",
     "A copied key; two devices that run with copies of one store; a store that was restored from an old copy.",
-    "Find the second device. If the key was stolen, revoke it: `outstation fleet revoke`.",
+    "Find the second device. If the key was stolen, revoke it: `outstation fleet devices revoke`.",
     _LOOK_YOURSELF,
 )
 TWO_LOGS = AlertKind(
@@ -342,7 +343,7 @@ TWO_LOGS = AlertKind(
     "Two message logs of one device live at once: one began without naming the other, or the other went on after its "
     "declared end. Alerts of both logs stay open.",
     "A copied card or key; a device whose whole data folder was deleted.",
-    "Find the second device. If there is none, say which log is the device's: `outstation fleet accept-log`.",
+    "Find the second device. If there is none, say which log is the device's: `outstation fleet log accept`.",
     "Once only one of the logs lives: the later one named the other, or an operator accepted one.",
 )
 ROTATION_REFUSED = AlertKind(
@@ -355,7 +356,7 @@ ROTATION_REFUSED = AlertKind(
 KEY_REVOKED = AlertKind(
     *("Key revoked", "security", "{kid}", "collector/revoked/{kid}", "warning", "collector"),
     "An operator revoked a key. Messages that it signs from now on are refused; stored messages stay valid.",
-    "`outstation fleet revoke`.",
+    "`outstation fleet devices revoke`.",
     "Enrol the device with a new key if it goes on.",
     _LOOK_YOURSELF,
 )
@@ -405,9 +406,9 @@ CERTIFICATE_ENDS = AlertKind(
     "A TLS certificate is valid for less than 30 days. The broker refuses it afterwards. The alert is critical from "
     "7 days on.",
     "Certificates have an end so that a stolen one does not serve for ever.",
-    "Of a device: `outstation fleet renew DEVICE` while it is connected; afterwards as in the guide about joining a "
-    "fleet. Of others: `outstation fleet reissue collector`, `operator`, `commander` or `broker-admin`; of a further "
-    "collector, delete the file that the summary names and run `outstation fleet collector NAME`.",
+    "Of a device: `outstation fleet devices renew DEVICE` while it is connected; afterwards as in the guide about "
+    "joining a fleet. Of others: `outstation fleet keys reissue collector`, `operator`, `commander` or `broker-admin`; "
+    "of a further collector, delete the file that the summary names and run `outstation fleet keys collector NAME`.",
     "Once a certificate that lasts longer is in use.",
 )
 OUTLIER_DEVICE = AlertKind(
@@ -425,7 +426,7 @@ TARGET_FAILS = AlertKind(
     "A target of notifications did not accept a message for some time. Messages to it wait and are sent later; what "
     "changes meanwhile is joined.",
     "A wrong address or password; a server that is down; no network.",
-    "The summary has the target's answer. `outstation fleet notify test TARGET` sends a message at once.",
+    "The summary has the target's answer. `outstation fleet alerts notify test TARGET` sends a message at once.",
     "Once the target accepts a message.",
 )
 TARGET_FAILS_ON_DEVICE = AlertKind(

@@ -32,7 +32,7 @@ class BrokerConfig(Section, frozen=True):
     ```
 
     With `compress = true` the payload is gzip with content type `application/gzip`. The signature still covers the JSON
-    inside. The collector and `outstation fleet watch` decompress it and store the JSON. Other subscribers must
+    inside. The collector and `outstation fleet devices watch` decompress it and store the JSON. Other subscribers must
     decompress it themselves: `mosquitto_sub … -N -C 1 | zcat`. Use it on links that are billed by the byte. `outstation
     cost` counts bytes before compression.
     """

@@ -18,7 +18,7 @@ from outstation.foundation.names import is_name
 @click.argument("folder", default=".", metavar="[DIR]", type=PATH)
 @click.option("--fleet", required=True, metavar="NAME", help="The fleet's name.")
 @click.option("--id", "device", required=True, metavar="DEVICE", help="The id under which the fleet will know it.")
-@click.option("--token", help="From `outstation fleet token`: proves that the request is this device's.")
+@click.option("--token", help="From `outstation fleet devices token`: proves that the request is this device's.")
 @click.option("--out", metavar="FILE", type=PATH, help="The request; default DIR/DEVICE.request.")
 @json_option
 def request(folder: Path, fleet: str, device: str, token: str | None, out: Path | None, as_json: bool) -> None:

@@ -33,7 +33,7 @@ NO_SPANS: Mapping[str, tuple[int, int]] = {}
 def disclose(task: str, span: str, log: str | None, joined_spans: tuple[str, ...], config_file: str | None) -> None:
     """Print the rows behind one results message of TASK as JSON, with the key of its commitment.
 
-    The key opens this message and no other. `outstation fleet disclosed` compares both with the signed message. The
+    The key opens this message and no other. `outstation fleet log disclosed` compares both with the signed message. The
     rows must still be stored: see [buffer] keep_readings.
     """
     _, conf = device.load_config(config_file, task)

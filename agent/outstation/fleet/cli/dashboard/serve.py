@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import click
 
 from outstation.fleet import config as fleet_config
-from outstation.fleet.cli.common import database_url, db_option, fleet_option
+from outstation.fleet.cli.common import database_url, db_option, fleet_option, is_without_command
 from outstation.foundation import durable_files
+from outstation.foundation.cli.groups import SentenceGroup
 from outstation.foundation.cli.log_format import configure_logging
 from outstation.foundation.cli.output import echo
 from outstation.foundation.errors import UsageError
@@ -35,7 +36,13 @@ _M_ARENA_MAX = -8
 _ROLES = click.Choice(["viewer", "operator", "admin"])
 
 
-@click.command("dashboard", epilog="Example: outstation fleet dashboard --dir acme")
+@click.group(
+    "dashboard",
+    cls=SentenceGroup,
+    places={"user": "outstation.fleet.cli.dashboard.user:user"},
+    invoke_without_command=True,
+    epilog="Example: outstation fleet dashboard --dir acme",
+)
 @click.option("--listen", default="127.0.0.1:8480", show_default=True, metavar="HOST:PORT", help="Port 0: a free one.")
 @click.option("--host", "hosts", multiple=True, metavar="NAME", help="Host name that browsers use; repeatable.")
 @click.option("--tls-cert", type=click.Path(path_type=Path, dir_okay=False), help="Certificate chain, PEM.")
@@ -51,7 +58,9 @@ _ROLES = click.Choice(["viewer", "operator", "admin"])
 @click.option("--read-only", is_flag=True, help="Offer no action to any account.")
 @db_option
 @fleet_option
+@click.pass_context
 def dashboard(
+    ctx: click.Context,
     listen: str,
     hosts: tuple[str, ...],
     tls_cert: Path | None,
@@ -69,9 +78,11 @@ def dashboard(
     """Serve the dashboard: fleet, incidents, devices, tasks, models, roll-outs and audit, in a browser.
 
     It reads the database only, in a process of its own; runs until SIGTERM or Ctrl-C. Visitors on this machine need no
-    account and are viewers. Everybody else signs in: `outstation fleet user add NAME --role operator`. What an operator
+    account and are viewers. Everybody else signs in: see `fleet dashboard user`. What an operator
     decides is signed with the operator's key; without one, no action is offered.
     """
+    if not is_without_command(ctx, home):
+        return
     from outstation.fleet.dashboard.app import create_app
     from outstation.fleet.dashboard.pages.visit import Dashboard
     from outstation.fleet.dashboard.security.access import AccessPolicy
@@ -163,7 +174,9 @@ def _require_accounts(location: str, policy: AccessPolicy) -> None:
     with FleetStore(location, read_only=True) as store, store.snapshot() as db:
         known = accounts.load_users(db)
     if not any(user["has_password"] for user in known):
-        raise UsageError("nobody could sign in: create an account first: outstation fleet user add NAME --role admin")
+        raise UsageError(
+            "nobody could sign in: create an account first: outstation fleet dashboard user add NAME --role admin"
+        )
 
 
 def _open_desk(config: FleetConfig, home: Path, operator_key: Path | None) -> OperatorDesk | None:

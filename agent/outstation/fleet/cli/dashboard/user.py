@@ -1,4 +1,4 @@
-"""`outstation fleet user`: accounts of the dashboard."""
+"""`outstation fleet dashboard user`: accounts of the dashboard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outstation.foundation.cli.output import echo, emit, print_table
 from outstation.foundation.config.toml_files import did_you_mean
 from outstation.foundation.errors import UsageError
 
-_ADD_ACCOUNT = "outstation fleet user add NAME --role admin"
+_ADD_ACCOUNT = "outstation fleet dashboard user add NAME --role admin"
 
 _role_option = click.option(
     "--role",
@@ -31,7 +31,7 @@ def user() -> None:
     """Manage the accounts of the dashboard."""
 
 
-@user.command("add", epilog="Example: outstation fleet user add ada --role operator")
+@user.command("add", epilog="Example: outstation fleet dashboard user add ada --role operator")
 @click.argument("name")
 @_role_option
 @click.option("--no-password", is_flag=True, help="Only a proxy signs this account in.")
@@ -58,7 +58,7 @@ def add(name: str, role: str, no_password: bool, db: str | None, home: Path, as_
     emit({"user": name, "role": role, "created": known is None}, as_json, lambda: echo(f"{name} {changed} {role}"))
 
 
-@user.command("password", epilog="Example: outstation fleet user password ada")
+@user.command("password", epilog="Example: outstation fleet dashboard user password ada")
 @click.argument("name")
 @database_options
 def password(name: str, db: str | None, home: Path, as_json: bool) -> None:
@@ -80,7 +80,7 @@ def password(name: str, db: str | None, home: Path, as_json: bool) -> None:
     emit({"user": name}, as_json, lambda: echo(f"{name} has another password; all its sessions ended"))
 
 
-@user.command("remove", epilog="Example: outstation fleet user remove ada")
+@user.command("remove", epilog="Example: outstation fleet dashboard user remove ada")
 @click.argument("name")
 @database_options
 def remove(name: str, db: str | None, home: Path, as_json: bool) -> None:
@@ -95,7 +95,7 @@ def remove(name: str, db: str | None, home: Path, as_json: bool) -> None:
     emit({"user": name, "removed": True}, as_json, lambda: echo(f"{name} was removed; its sessions ended"))
 
 
-@user.command("list", epilog="Example: outstation fleet user list")
+@user.command("list", epilog="Example: outstation fleet dashboard user list")
 @database_options
 def list_users(db: str | None, home: Path, as_json: bool) -> None:
     """List the accounts with their roles and sessions."""

@@ -15,9 +15,22 @@ from outstation.foundation.cli.inspection import add_commands, open_database
 from outstation.foundation.errors import UsageError
 
 
-@click.group("db", cls=SentenceGroup)
+@click.group(
+    "db",
+    cls=SentenceGroup,
+    headings={
+        "Tables": ("tables", "schema", "rows", "query"),
+        "Whole databases": ("export", "sql", "prune", "migrate"),
+    },
+    places={
+        "export": "outstation.fleet.cli.data.export:export",
+        "migrate": "outstation.fleet.cli.data.migrate:migrate",
+        "prune": "outstation.fleet.cli.data.prune:prune",
+        "sql": "outstation.fleet.cli.data.export:sql",
+    },
+)
 def database_group() -> None:
-    """Look into the collector's database, read only, beside a running collector."""
+    """Look into the collector's database, beside a running collector; export, prune and move it whole."""
 
 
 def _open(db: str | None, home: Path) -> sqlite_utils.Database:

@@ -11,6 +11,7 @@ import click
 
 from outstation.fleet.cli.common import database_options, open_for_reading, print_lines
 from outstation.foundation import clock
+from outstation.foundation.cli.groups import SentenceGroup
 from outstation.foundation.cli.options import MOMENT, PATH, json_option, require_clean_option
 from outstation.foundation.cli.output import NOT_CLEAN, echo, emit
 from outstation.foundation.text import pluralize
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _BEGIN, _END = "0001-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z"
 
 
-@click.group()
+@click.group(cls=SentenceGroup, places={"samples": "outstation.fleet.cli.data.samples:samples"})
 def dataset() -> None:
     """Make and check retraining sets: sampled readings with labels, provenance and a data card."""
 

@@ -1,4 +1,4 @@
-"""`outstation fleet export` and `sql`: Parquet files of the fleet's messages, and queries over them."""
+"""`outstation fleet db export` and `sql`: Parquet files of the fleet's messages, and queries over them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _KINDS = ("results", "result_messages", "drift_windows", "alerts", "metrics", "shadows", "rollout_devices")
 
 
-@click.command("export", epilog="Example: outstation fleet export --out export --kind results --since 2026-11-01")
+@click.command("export", epilog="Example: outstation fleet db export --out export --kind results --since 2026-11-01")
 @click.option("--out", "out", metavar="DIR", required=True, type=PATH,
               help="Folder of the export; a run adds what is new.")  # fmt: skip
 @click.option("--since", type=MOMENT, help='Only rows of this time or later: "24 h", "7 d", 2026-11-24 or a time.')
@@ -54,7 +54,7 @@ def export(
 
     Run it again to add what arrived since; it continues where it was interrupted. The first run decides the options.
     The collector's key signs the manifest. `outstation fleet audit --export DIR` verifies the files, and
-    `outstation fleet sql` queries them.
+    `outstation fleet db sql` queries them.
     """
     from outstation.fleet.export.export import export as run_export
     from outstation.fleet.export.tables import Filters
@@ -75,10 +75,10 @@ def _summary_lines(out: Path, summary: ExportSummary) -> Iterator[str]:
         yield f"  {kind}: {rows} rows"
 
 
-@click.command("sql", epilog='Example: outstation fleet sql --export export "SELECT device, count(*) FROM results"')
+@click.command("sql", epilog='Example: outstation fleet db sql --export export "SELECT device, count(*) FROM results"')
 @click.argument("query", required=False)
 @click.option("--export", "export_folder", metavar="DIR", type=PATH, default=Path("export"),
-              help="Folder of `fleet export`; default ./export.")  # fmt: skip
+              help="Folder of `fleet db export`; default ./export.")  # fmt: skip
 @csv_option
 @fleet_options
 def sql(query: str | None, export_folder: Path, as_csv: bool, home: Path, as_json: bool) -> None:
@@ -101,7 +101,7 @@ def _shell_hint(home: Path) -> str:
     """Say how to make an export, and how to open the shell of the fleet's database."""
     from outstation.fleet.database.interface import display_name, is_postgresql
 
-    make = "`outstation fleet export --out DIR` makes one"
+    make = "`outstation fleet db export --out DIR` makes one"
     try:
         location = fleet_config.load(home).fleet.db
     except UsageError:

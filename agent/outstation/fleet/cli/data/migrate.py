@@ -1,4 +1,4 @@
-"""`outstation fleet migrate`: copy the fleet database from SQLite to PostgreSQL."""
+"""`outstation fleet db migrate`: copy the fleet database from SQLite to PostgreSQL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from outstation.foundation.errors import UsageError
 from outstation.foundation.text import pluralize
 
 
-@click.command("migrate", epilog="Example: outstation fleet migrate --to postgresql://outstation@db.example.org/acme")
+@click.command(
+    "migrate", epilog="Example: outstation fleet db migrate --to postgresql://outstation@db.example.org/acme"
+)
 @click.option("--from", "source_url", metavar="URL", help="SQLite database; default that of fleet.toml.")
 @click.option("--to", "target_url", metavar="URL", required=True, help="Empty PostgreSQL database: postgresql://…")
 @processes_option
@@ -36,7 +38,7 @@ def migrate(source_url: str | None, target_url: str, processes: int, home: Path,
     target_location = fleet_config.resolve_database(target_url, Path.cwd())
     if is_postgresql(location) or not is_postgresql(target_location):
         raise UsageError(
-            "fleet migrate copies from SQLite to PostgreSQL: --from sqlite:///fleet.db --to postgresql://…"
+            "fleet db migrate copies from SQLite to PostgreSQL: --from sqlite:///fleet.db --to postgresql://…"
         )
     if not Path(location).exists():
         raise UsageError(f"{location}: no such database; name it with --from")

@@ -1,4 +1,4 @@
-"""`outstation fleet prune`: remove what `[retention]` no longer covers, with a signed statement of what went."""
+"""`outstation fleet db prune`: remove what `[retention]` no longer covers, with a signed statement of what went."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from outstation.fleet.retention.prune import PruneReport
 
 
-@click.command("prune", epilog="Example: outstation fleet prune --dry-run")
+@click.command("prune", epilog="Example: outstation fleet db prune --dry-run")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @database_options
 def prune(dry_run: bool, db: str | None, home: Path, as_json: bool) -> None:

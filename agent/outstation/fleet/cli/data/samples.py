@@ -1,4 +1,4 @@
-"""`outstation fleet samples`: which readings a device sent, and what its owner consents to."""
+"""`outstation fleet dataset samples`: which readings a device sent, and what its owner consents to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from outstation.fleet.database.datasets.samples import Sample
 
 
-@click.command("samples", epilog="Example: outstation fleet samples pi-07 --task exercise")
+@click.command("samples", epilog="Example: outstation fleet dataset samples pi-07 --task exercise")
 @click.argument("device")
 @click.option("--task", metavar="T", help="Only this task.")
 @click.option("--last", "limit", metavar="N", default=20, show_default=True, type=click.IntRange(1, 10_000),

@@ -150,7 +150,7 @@ def _choose_repository(host: str, name: str, folder: Path) -> str:
     return f"https://{f'[{host}]' if ':' in host else host}/{name}/repository"
 
 
-@click.command("token", epilog="Example: outstation fleet token pi-07")
+@click.command("token", epilog="Example: outstation fleet devices token pi-07")
 @click.argument("device")
 @click.option(
     "--valid",
@@ -268,7 +268,7 @@ def _authenticate(
     return request
 
 
-@click.command("enrol-list", epilog="Example: outstation fleet enrol-list devices.csv --out enrolments")
+@click.command("enrol-list", epilog="Example: outstation fleet devices enrol-list devices.csv --out enrolments")
 @click.argument("file", metavar="CSV", type=PATH)
 @click.option("--out", metavar="FOLDER", required=True, type=PATH, help="Folder for the files.")
 @fleet_options
@@ -318,7 +318,7 @@ def _print_list(results: list[dict[str, str]], out: Path) -> None:
     echo(f"{'; '.join(f'{counts[state]} {state}' for state in sorted(counts))}; files in {out}")
 
 
-@click.command("renew", epilog="Example: outstation fleet renew")
+@click.command("renew", epilog="Example: outstation fleet devices renew")
 @click.argument("devices", metavar="[DEVICE]...", nargs=-1)
 @click.option(
     "--before", "before_s", type=DURATION, default="90 d", show_default=True, help="Renew what ends within this time."

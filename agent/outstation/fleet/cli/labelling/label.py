@@ -1,4 +1,4 @@
-"""`outstation fleet label`: join labels with collected results, or send them to the device."""
+"""`outstation fleet labels add`: join labels with collected results, or send them to the device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MAX_LISTED = 20
 
 
-@click.command("label", epilog="Example: outstation fleet label pi-07 exercise truth.csv --send")
+@click.command("add", epilog="Example: outstation fleet labels add pi-07 exercise truth.csv --send")
 @click.argument("device")
 @click.argument("task")
 @click.argument("file", default="-")
@@ -37,7 +37,7 @@ _MAX_LISTED = 20
 @wait_option
 @by_option
 @json_option
-def label(
+def add(
     device: str, task: str, file: str, home: Path, output: str | None, send: bool, wait_s: float, by: str, as_json: bool
 ) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.

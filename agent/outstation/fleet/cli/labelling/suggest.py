@@ -1,4 +1,4 @@
-"""`outstation fleet label-next`: results that should get a label, and why."""
+"""`outstation fleet labels next`: results that should get a label, and why."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from outstation.foundation.cli.output import emit, print_table
 _TOP = 500
 
 
-@click.command("label-next", epilog="Example: outstation fleet label-next --task exercise --limit 40 --json")
+@click.command("next", epilog="Example: outstation fleet labels next --task exercise --limit 40 --json")
 @device_option
 @click.option("--task", metavar="TASK", help="Only this task.")
 @click.option("--limit", metavar="N", default=20, type=click.IntRange(1, _TOP), help="At most N results; default 20.")
 @click.option("--seed", metavar="N", default=0, help="Seed of the random choice; default 0.")
 @database_options
-def label_next(
+def suggest(
     device: str | None, task: str | None, limit: int, seed: int, db: str | None, home: Path, as_json: bool
 ) -> None:
     """Show which results to label next: the least certain, the most drifted, the rarest classes, and some at random.
 
-    Answer with `fleet verdict result`, or with `fleet label` where the truth is known without seeing the answer.
+    Answer with `fleet labels verdict result`, or with `fleet labels add` where the truth is known without seeing the
+    answer.
     """
     from outstation.fleet.labelling import candidates
 

@@ -1,4 +1,4 @@
-"""`outstation fleet verdict`: verdicts of people on results and alerts."""
+"""`outstation fleet labels verdict`: verdicts of people on results and alerts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def verdict() -> None:
     """Confirm or correct results and alerts, and list verdicts by person.
 
     A verdict is a label by a person who saw the answer first. It is counted separately from ground truth (`fleet
-    label`).
+    labels add`).
     """
 
 
-@verdict.command("result", epilog="Example: outstation fleet verdict result pi-07 exercise 1200 PEN --by eva")
+@verdict.command("result", epilog="Example: outstation fleet labels verdict result pi-07 exercise 1200 PEN --by eva")
 @click.argument("device")
 @click.argument("task")
 @click.argument("row", type=click.IntRange(min=1))
@@ -65,7 +65,7 @@ def result(
     emit(document, as_json, lambda: echo(sentence))
 
 
-@verdict.command("alert", epilog="Example: outstation fleet verdict alert 3f9a false-alarm --label ABD --by eva")
+@verdict.command("alert", epilog="Example: outstation fleet labels verdict alert 3f9a false-alarm --label ABD --by eva")
 @click.argument("ref", metavar="INCIDENT")
 @click.argument("opinion", metavar="right|false-alarm", type=click.Choice(["right", "false-alarm"]))
 @click.option("--label", metavar="LABEL", help="True label of the result that the alert is about.")
@@ -89,7 +89,7 @@ def alert(
     emit(document, as_json, lambda: echo(sentence))
 
 
-@verdict.command("list", epilog="Example: outstation fleet verdict list --json")
+@verdict.command("list", epilog="Example: outstation fleet labels verdict list --json")
 @device_option
 @click.option("--task", metavar="TASK", help="Only this task.")
 @database_options

@@ -1,1 +1,1 @@
-"""`outstation fleet notify`: test targets of notifications, and show what waits."""
+"""`outstation fleet alerts notify`: test targets of notifications, and show what waits."""

@@ -1,4 +1,4 @@
-"""`outstation fleet notify test` and `status`."""
+"""`outstation fleet alerts notify test` and `status`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from outstation.fleet.cli.common import database_options, fleet_options, open_fo
 from outstation.integrations.notify import cli as notifications
 
 
-@click.group("notify", epilog="Example: outstation fleet notify test")
+@click.group("notify", epilog="Example: outstation fleet alerts notify test")
 def notify() -> None:
     """Test the targets of [notify] in fleet.toml, and show what waits. `fleet collect` does the notifying."""
 
 
-@notify.command("test", epilog="Example: outstation fleet notify test mail")
+@notify.command("test", epilog="Example: outstation fleet alerts notify test mail")
 @click.argument("target", required=False)
 @fleet_options
 def test(target: str | None, home: Path, as_json: bool) -> None:
@@ -26,7 +26,7 @@ def test(target: str | None, home: Path, as_json: bool) -> None:
     notifications.test_targets(str(home / fleet_config.FILE), config.notify, target, name, name, as_json=as_json)
 
 
-@notify.command("status", epilog="Example: outstation fleet notify status --json")
+@notify.command("status", epilog="Example: outstation fleet alerts notify status --json")
 @database_options
 def status(db: str | None, home: Path, as_json: bool) -> None:
     """Show for each target what was sent, what waits, and the last failure."""

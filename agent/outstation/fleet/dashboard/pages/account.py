@@ -45,7 +45,7 @@ async def show(visit: Visit) -> Response:
 
 
 async def change(visit: Visit) -> Response:
-    """Change the role of an account, end its sessions, or remove it. Passwords are set by `fleet user` only."""
+    """Change the role of an account, end its sessions, or remove it. Only `fleet dashboard user` sets passwords."""
     visit.require("admin")
     form = await visit.form()
     name, action, role = form.get("name", ""), form.get("action", ""), form.get("role", "")

@@ -10,7 +10,7 @@ MIN_RETENTION_S = 86_400.0
 
 
 class Retention(Section, frozen=True):
-    """Age at which [`fleet prune`](../guides/collector.md#retention) removes rows, counted from their arrival.
+    """Age at which [`fleet db prune`](../guides/collector.md#retention) removes rows, counted from their arrival.
 
     ```toml
     [retention]
