@@ -24,10 +24,11 @@ REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 PROGRAM = "outstation"
 # File names that each shell looks for.
 COMPLETIONS = {"bash": f"{PROGRAM}.bash", "zsh": f"_{PROGRAM}", "fish": f"{PROGRAM}.fish"}
-_HEAD = """\
+_MADE = "Made by `python -m scripts.cli_documents`: do not edit."
+_HEAD = f"""\
 # Command line
 
-Made by `python -m scripts.cli_documents`: do not edit.
+{_MADE}
 
 Every command has `--help` with an example. Commands that report have `--json`.
 
@@ -74,11 +75,9 @@ def render_pages() -> dict[str, str]:
         parts = words[: depth if is_group or len(words) > depth else depth - 1]
         name = f"cli/{'-'.join(parts)}.md" if parts else "cli.md"
         if name not in pages:
-            pages[name] = [
-                f"# {PROGRAM} {' '.join(parts)}\n\nMade by `python -m scripts.cli_documents`: do not edit.\n"
-            ]
+            pages[name] = []
             links.setdefault(words[0], []).append(f"[{' '.join(parts)}]({name})")
-        pages[name].append(_render_section(path, command))
+        pages[name].append(_render_section(path, command, len(path) - len(parts)))
     groups = [f"- {', '.join(each)}" for each in links.values()]
     pages["cli.md"].insert(1, "\n".join(["Groups of commands have pages of their own:", "", *groups, ""]))
     return {name: "\n".join(sections) for name, sections in pages.items()}
@@ -118,8 +117,10 @@ def render_completion(shell: str) -> str:
     return made(cli, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE").source()
 
 
-def _render_section(path: tuple[str, ...], command: click.Command) -> str:
-    lines = [f"{'#' * min(len(path), 4)} {' '.join(path)}", ""]
+def _render_section(path: tuple[str, ...], command: click.Command, level: int) -> str:
+    lines = [f"{'#' * level} {' '.join(path)}", ""]
+    if level == 1:
+        lines += [_MADE, ""]
     lines += ["```", f"{' '.join(path)} {_usage(path, command)}".rstrip(), "```", ""]
     for paragraph in _paragraphs(command):
         lines += [f"```\n{paragraph}\n```" if "\n" in paragraph else _escape(paragraph), ""]

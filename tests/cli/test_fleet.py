@@ -32,7 +32,19 @@ from outstation.workbench.testing.messages import MessageSender, SignedMessage
 from outstation.workbench.testing.patience import wait_until
 
 NOW = "2026-11-24T22:20:00.000000Z"
-COMMANDS = ["init", "token", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "evidence", "watch"]
+COMMANDS = [
+    "init",
+    "devices token",
+    "enrol",
+    "collect",
+    "devices",
+    "alerts",
+    "log gaps",
+    "audit",
+    "drift",
+    "evidence",
+    "devices watch",
+]
 
 
 def run(*args: str | Path) -> Result:
@@ -68,8 +80,13 @@ def collected(folder: Path, sender: MessageSender, *sent: SignedMessage) -> None
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    text = run(command, "--help").stdout
+    text = run(*command.split(), "--help").stdout
     assert f"Example: outstation fleet {command}" in text
+
+
+def test_a_short_form_calls_the_command_of_its_group() -> None:
+    for name, path in [("token", "devices token"), ("gaps", "log gaps"), ("label-next", "labels next")]:
+        assert f"Example: outstation fleet {path}" in run(name, "--help").stdout
 
 
 def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: Path) -> None:

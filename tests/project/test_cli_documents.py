@@ -28,14 +28,14 @@ def test_the_reference_pages_agree_with_the_commands() -> None:
 def test_each_command_is_described_once() -> None:
     text = "\n".join(cli_documents.render_pages().values())
     for path, _ in COMMANDS[1:]:
-        assert len(re.findall(rf"^##+ {re.escape(' '.join(path))}$", text, re.MULTILINE)) == 1, path
+        assert len(re.findall(rf"^#+ {re.escape(' '.join(path))}$", text, re.MULTILINE)) == 1, path
 
 
 def test_the_fleet_lists_at_most_twenty_commands_under_headings() -> None:
     group = dict(COMMANDS)["outstation", "fleet"]
     assert isinstance(group, click.Group)
     shown = group.get_help(click.Context(group))
-    names = re.findall(r"^  ([a-z-]+)  ", shown, re.MULTILINE)
+    names = re.findall(r"^  ([a-z][a-z-]*)  ", shown, re.MULTILINE)
     assert len(names) <= 20
     assert sorted(names) == sorted(group.list_commands(click.Context(group)))
     assert "Commands:" not in shown
