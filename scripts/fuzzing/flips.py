@@ -44,7 +44,7 @@ from scripts.kit.stores import (
 ROWS, MESSAGES, ACKNOWLEDGED, CURSOR = 400, 30, 8, 150
 _PAGE = 4096
 _STORE_COMMANDS = ("status", "cost", "head")
-_FLEET_COMMANDS = ("devices", "alerts --all", "audit --json", "gaps", "drift")
+_FLEET_COMMANDS = ("devices", "alerts --all", "audit --json", "log gaps", "drift")
 
 
 @dataclass(frozen=True, slots=True)

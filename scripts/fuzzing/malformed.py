@@ -40,12 +40,12 @@ drift exercise --plot {out.svg} / disclose exercise --rows 1-100 / reference sho
 reference relearn exercise --wait 0 / ingest watch {rows.csv} / label exercise {labels.csv}
 """
 _ON_FLEET = """
-devices / devices --db {fleet/fleet.db} / alerts / alerts --all / audit / audit --json / gaps / drift / keys show
+devices / devices --db {fleet/fleet.db} / alerts / alerts --all / audit / audit --json / log gaps / drift / keys show
 repository status / repository refresh / repository copy {out} / rollout status / rollout start {rows.csv}
-accept-log pi-07 / token pi-08 / enrol pi-08 --request {out.json} / revoke pi-07 / disclosed {labels.csv}
-label pi-07 exercise {labels.csv} / publish {bundle} --no-probe / collector north
-collector north --revoke / reissue operator / renew / enrol-list {rows.csv} --out {out} / watch --raw --seconds 1
-evidence {out}
+log accept pi-07 / devices token pi-08 / enrol pi-08 --request {out.json} / devices revoke pi-07
+log disclosed {labels.csv} / labels add pi-07 exercise {labels.csv} / publish {bundle} --no-probe
+keys collector north / keys collector north --revoke / keys reissue operator / devices renew
+devices enrol-list {rows.csv} --out {out} / devices watch --raw --seconds 1 / evidence {out}
 """
 _ON_FILES = """
 init {new} / init {new} --standalone / join {device/device.key} --dir {new}
@@ -79,15 +79,8 @@ _WRITERS = (
         "fleet rollout start",
         "fleet devices token",
     ),
-    *(
-        "fleet enrol",
-        "fleet devices revoke",
-        "fleet labels add",
-        "fleet log disclosed",
-        "fleet publish",
-        "fleet keys collector",
-    ),
-    *("fleet keys", "fleet devices watch"),
+    *("fleet enrol", "fleet devices revoke", "fleet labels add", "fleet log disclosed", "fleet publish", "fleet keys"),
+    "fleet devices watch",
 )
 # For damaged tables: all commands that read one, and those that open the store to write.
 READERS = tuple(c for c in COMMANDS if ("{device/" in c or "{fleet}" in c) and not c.startswith(_WRITERS))

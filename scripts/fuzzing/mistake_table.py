@@ -264,7 +264,7 @@ FLEETS = (
     _fleet("enrol pi-07 --device-key D4_SFV4mHymIhim3gTLxzdVjDJWmTnIkEn0UPJLEJUs", "pi-07 / another key", "--replace"),
     _fleet("enrol pi-08 --device-key abc", "abc / Ed25519", "ends in .pub"),
     _fleet("enrol pi-08 --request {rows.csv}", "rows.csv", "outstation request"),
-    _fleet("enrol-list {rows.csv} --out {out}", "rows.csv", "device"),
+    _fleet("devices enrol-list {rows.csv} --out {out}", "rows.csv", "device"),
     _fleet("drift --since yesterday", "--since / yesterday", "24 h"),
     _fleet("rollout start {none.toml}", "none.toml", "rollouts.md"),
     _fleet(
@@ -279,22 +279,22 @@ FLEETS = (
         "did you mean 'shadow'",
         r_toml=_PLAN + '[[steps]]\nstrategy = "shadows"\n',
     ),
-    _fleet("rollout promote nope", "nope", "there is none"),
-    _fleet("revoke pi-99", "pi-99", "pi-07"),
+    _fleet("rollout promote nope", "nope", "none was started yet"),
+    _fleet("devices revoke pi-99", "pi-99", "pi-07"),
     _fleet("command pi-99 report", "pi-99", "pi-07"),
     _fleet("command pi-07 reprot", "reprot", "did you mean 'report'"),
     _fleet("command pi-07 report", "127.0.0.1:1", "broker", code=1),
     _fleet("publish nope", "nope", "built-in"),
     _fleet("alerts acknowledge abc", "abc", "fleet alerts"),
-    _fleet("label pi-07 exercis {labels.csv}", "exercis", "exercise"),
+    _fleet("labels add pi-07 exercis {labels.csv}", "exercis", "exercise"),
     _fleet("evidence --out {bundle}", "bundle", "new folder"),
     _bare(
         "fleet evidence verify {bundle} --operator {publisher.key.pub}", "manifest.jws / unknown key", "do not rely", 1
     ),
-    _fleet("viewer pi@7", "pi@7", "a-z 0-9"),
-    _fleet("export --out {rows.csv}", "rows.csv", "name another", code=1),
-    _fleet("notify test nobody", "fleet.toml / target", "[notify"),
-    _fleet("remove pi-99", "pi-99", "pi-07"),
+    _fleet("keys viewer pi@7", "pi@7", "a-z 0-9"),
+    _fleet("db export --out {rows.csv}", "rows.csv", "name another", code=1),
+    _fleet("alerts notify test nobody", "fleet.toml / target", "[notify"),
+    _fleet("devices remove pi-99", "pi-99", "pi-07"),
     _fleet("audit --db {none.db}", "none.db", "creates it"),
 )
 MISTAKES = (*WORDS, *FOLDERS, *CONFIG, *ROWS, *QUERIES, *MODELS, *FLEETS)
