@@ -89,6 +89,17 @@ def test_a_short_form_calls_the_command_of_its_group() -> None:
         assert f"Example: outstation fleet {path}" in run(name, "--help").stdout
 
 
+@pytest.mark.parametrize("words", ["alerts", "devices", "devices revoke pi-07", "dashboard user list"])
+def test_root_becomes_the_owner_of_the_folder_of_the_command_and_of_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    document("enrol", "pi-07", "--dir", folder, "--bundle-out", folder / "pi-07.tar.gz")
+    owned: list[Path] = []
+    monkeypatch.setattr("outstation.fleet.cli.common.become_owner", owned.append)
+    assert run(*words.split(), "--dir", folder).exit_code == 0
+    assert owned == [folder]
+
+
 def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: Path) -> None:
     enrolled = document("enrol", "pi-07", "--dir", folder, "--bundle-out", folder / "pi-07.tar.gz")
     assert (enrolled["device"], enrolled["fleet"], enrolled["new"]) == ("pi-07", "acme", True)
