@@ -53,6 +53,9 @@ def test_the_package_of_the_guide_has_forty_lines_and_a_daemon_reads_its_source(
         assert daemon.stop() == 0
     finally:
         daemon.kill()
+    readings = run_outstation("sine", "x", "y", "--rows", "600", env={**os.environ, **env})
+    ingest = run_outstation("ingest", "wave", "-", "-c", str(file), input=readings.stdout, env={**os.environ, **env})
+    assert "600" in ingest.stdout, ingest
 
 
 def test_a_source_that_fails_runs_again_and_no_other_stream_stops(tmp_path: Path) -> None:

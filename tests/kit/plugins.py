@@ -9,13 +9,14 @@ import zipfile
 from pathlib import Path
 
 
-def install_module(folder: Path, package: str, text: str, group: str, name: str) -> None:
+def install_module(folder: Path, package: str, text: str, group: str, name: str, attribute: str = "") -> None:
     """Write a package of one module, with one entry point, to a folder of `sys.path`."""
+    place = f"{package}:{attribute}" if attribute else package
     info = folder / f"{package}-1.0.dist-info"
     info.mkdir(parents=True)
     (folder / f"{package}.py").write_text(text)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {package}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {place}\n")
 
 
 def pip_install(project: Path, folder: Path) -> None:

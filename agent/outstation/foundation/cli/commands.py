@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from outstation import __version__
 from outstation.foundation.cli.direct import import_command
+from outstation.foundation.entry_points import GUIDE, find_entry_points, load_entry_point, name_packages
 from outstation.foundation.errors import OutstationError, StorageMoved, UsageError, explain
 from outstation.foundation.text import is_unicode, printable
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # Module and summary of each command: the list of commands loads none of them.
 _COMMANDS = {
@@ -63,6 +68,8 @@ _COMMANDS = {
     "fleet": ("outstation.fleet.cli.group:fleet", "Run the fleet's side: enrol, collect, watch, command, audit."),
 }
 
+# Commands of other packages: a shipped name comes first, so none can be replaced.
+_ENTRY_POINTS = "outstation.commands"
 # Groups whose commands may multiply large matrices.
 _MULTIPLY_MATRICES = {"model", "fleet"}
 # Set in the environment, an error that no command handles ends with its traceback.
@@ -73,34 +80,55 @@ class _LazyGroup(click.Group):
     """Imports a command's module only to run it, or to show its own help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return [*_COMMANDS, *_find_foreign()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            return None
+            return _load_foreign(cmd_name)
         command: click.Command = import_command(_COMMANDS[cmd_name][0])
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in _COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
-            raise click.UsageError(f"no such command {args[0]!r}{_suggest_command(args[0])}", ctx)
-        if args and args[0] not in _MULTIPLY_MATRICES:
+        word = args[0] if args else "-"
+        if word in _COMMANDS and word not in _MULTIPLY_MATRICES:
             # Threads of NumPy's BLAS spin for tens of milliseconds when they start, and are of no use here.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        if not word.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, word) is None:
+            raise click.UsageError(f"no such command {word!r}{_suggest_command(word)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+        if foreign := _find_foreign():
+            with formatter.section("Commands of other packages"):
+                formatter.write_dl([(name, f"From {name_packages(points)}.") for name, points in foreign.items()])
+
+
+def _find_foreign() -> dict[str, list[EntryPoint]]:
+    installed = find_entry_points(_ENTRY_POINTS)
+    return {name: installed[name] for name in sorted(installed.keys() - _COMMANDS.keys())}
+
+
+def _load_foreign(name: str) -> click.Command | None:
+    """Import another package's command; None if none has it. Raises UsageError."""
+    entry_points = _find_foreign().get(name)
+    if entry_points is None:
+        return None
+    command = load_entry_point(name, entry_points)
+    if not isinstance(command, click.Command):
+        problem = f"{entry_points[0].value} is no click command; see {GUIDE}"
+        raise UsageError(f"{name!r} of package {name_packages(entry_points)} cannot run: {problem}")
+    return command
 
 
 def _suggest_command(word: str) -> str:
     """Return a hint at the command that is meant, which may be one of a group, or ""."""
     import difflib
 
-    if close := difflib.get_close_matches(word, _COMMANDS, 1):
+    if close := difflib.get_close_matches(word, [*_COMMANDS, *_find_foreign()], 1):
         return f"; did you mean {close[0]!r}?"
     for group in ("fleet", "model"):
         if close_below := import_command(_COMMANDS[group][0]).find_similar(click.Context(cli), word):
@@ -181,7 +209,9 @@ def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{os.path.basename(os.path.dirname(frame.filename))}/{os.path.basename(frame.filename)}:{frame.lineno}"
+    foreign = _find_foreign().get(args[0]) if args else None
+    package = name_packages(foreign) if foreign else "outstation"
     return 1, (
-        f"internal error: {type(error).__name__}: {error} ({place}); this is a defect of outstation: report it with "
+        f"internal error: {type(error).__name__}: {error} ({place}); this is a defect of {package}: report it with "
         f"the traceback, which {_TRACEBACK_VARIABLE}=1 shows"
     )

@@ -1,4 +1,4 @@
-"""Plug-ins of other packages: entry points (PyPA entry points specification) of one group for each kind of part.
+"""Plug-ins that a config names: shipped parts, and those of other packages.
 
 A shipped name is looked up in a table before any entry point. So a start without plug-ins reads no package metadata,
 which takes a tenth of its time, and no other package can replace a shipped part.
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outstation.foundation.config.toml_files import Section, did_you_mean
-from outstation.foundation.errors import ConfigError
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-GUIDE = "docs/guides/plugins.md"
+from outstation.foundation.entry_points import GUIDE, find_entry_points, load_entry_point
+from outstation.foundation.errors import ConfigError, UsageError
 
 
 class PluginGroup(Collection[str]):
@@ -30,13 +26,13 @@ class PluginGroup(Collection[str]):
         self.group, self.modules, self._section = group, shipped, section
 
     def __contains__(self, name: object) -> bool:
-        return name in self.modules or name in self._find_installed()
+        return name in self.modules or name in find_entry_points(self.group)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted({*self.modules, *self._find_installed()}))
+        return iter(sorted({*self.modules, *find_entry_points(self.group)}))
 
     def __len__(self) -> int:
-        return len({*self.modules, *self._find_installed()})
+        return len({*self.modules, *find_entry_points(self.group)})
 
     def is_shipped(self, name: str) -> bool:
         return name in self.modules
@@ -50,22 +46,15 @@ class PluginGroup(Collection[str]):
         if name in self.modules:
             module = self.modules[name]
             return None if module is None else import_module(module)
-        entry_points = self._find_installed().get(name, [])
+        entry_points = find_entry_points(self.group).get(name, [])
         if not entry_points:
             hint = did_you_mean(name, self)
             more = "" if "did you mean" in hint else f"; other packages can add some, see {GUIDE}"
             raise ConfigError(file, key, f"{name!r} is not a valid choice{hint}{more}")
-        packages = sorted(_package_of(entry_point) for entry_point in entry_points)
-        if len(packages) > 1:
-            problem = f"{name!r} is in several packages: {', '.join(packages)}; uninstall all but one"
-            raise ConfigError(file, key, problem)
         try:
-            return entry_points[0].load()
-        # An import runs any code of the package.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            problem = f"{name!r} of package {packages[0]} cannot be loaded: {reason}; repair or uninstall it"
-            raise ConfigError(file, key, problem) from error
+            return load_entry_point(name, entry_points)
+        except UsageError as error:
+            raise ConfigError(file, key, str(error)) from error
 
     def load_section(self, kind: str, file: str, key: str) -> type[Section]:
         """Return the class `Config` of another package's module. Raises ConfigError."""
@@ -78,17 +67,3 @@ class PluginGroup(Collection[str]):
             problem = f"the tag of {section} is {tag!r}; see {GUIDE}"
             raise ConfigError(file, key, f"{kind!r} is no part that outstation can use: {problem}")
         return section
-
-    def _find_installed(self) -> dict[str, list[EntryPoint]]:
-        """Return name → entry points of the group."""
-        # Imported here: a start without plug-ins does not need it.
-        from importlib import metadata
-
-        installed: dict[str, list[EntryPoint]] = {}
-        for entry_point in metadata.entry_points(group=self.group):
-            installed.setdefault(entry_point.name, []).append(entry_point)
-        return installed
-
-
-def _package_of(entry_point: EntryPoint) -> str:
-    return "?" if entry_point.dist is None else f"{entry_point.dist.name} {entry_point.dist.version}"
