@@ -34,7 +34,7 @@ DERIVED = (
     "incidents",
 )
 # What one moment or the order of arrival decides, and no message states.
-UNSIGNED = {("logs", "since"), ("logs", "latest"), ("logs", "rowid"), ("shadows", "rowid"), ("alerts", "rowid")}
+UNSIGNED = {("logs", "since"), ("logs", "rowid"), ("shadows", "rowid"), ("alerts", "rowid")}
 
 
 def anchor(sender: MessageSender, boot: int, at: int) -> SignedMessage:
@@ -55,10 +55,8 @@ def ingest(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> No
     store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW)
 
 
-@pytest.fixture(scope="module")
-def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    """Yield a store with a row in every table that follows from messages."""
-    store = fresh()
+def fill(store: FleetStore) -> None:
+    """Add a row to every table that follows from messages, for two devices."""
     metrics = [
         {"metric": name, "value": 0.9, "low": 0.8, "high": 0.95, "n": 20, "slice": "hand=left", "state": "ok"}
         for name in ("accuracy", "ece")
@@ -82,6 +80,12 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
         new = MessageSender(device, key=old.key)
         evidence = {"old": old.log, "through": old.seq, "reissued": 0}
         ingest(store, new, new.append("audit", event="new log", summary="", evidence=evidence), new.alert())
+
+
+@pytest.fixture(scope="module")
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    store = fresh()
+    fill(store)
     yield store
     store.close()
 

@@ -121,7 +121,7 @@ def _audit_devices(
         pruned, problems = pruned_devices.load(store, devices, collectors)
         for name, problem in problems.items():
             report.add_invalid((name, "", None), problem)
-        auditor = _DeviceAuditor(store, replay, report, progress, pruned, makes_states=target is not None)
+        auditor = DeviceAuditor(store, replay, report, progress, pruned, makes_states=target is not None)
         auditor.audit(devices, {} if file is None else load_states(replay.db))
         replay.flush()
         if target is not None:
@@ -163,7 +163,7 @@ def audit_prefix(
         return report, states, replay.dump()
 
 
-class _DeviceAuditor:
+class DeviceAuditor:
     """Audits the logs of devices.
 
     `states`: of each log, for a checkpoint; `names`: of the devices; `broken`: devices with a message that does not
@@ -178,9 +178,11 @@ class _DeviceAuditor:
         progress: Callable[[int], None],
         pruned: Mapping[str, PrunedDevice],
         *,
-        makes_states: bool,
+        makes_states: bool = False,
+        tables: Callable[..., StoredTables] = StoredTables,
     ) -> None:
-        self._pruned = pruned
+        """`tables`: reads the rows of each message and reports, or corrects, those that differ."""
+        self._pruned, self._new_tables = pruned, tables
         self._store, self._replay, self._report, self._progress = store, replay, report, progress
         self._makes_states = makes_states
         self._keyring = Keyring(store)
@@ -212,7 +214,7 @@ class _DeviceAuditor:
             }
         report_orphan = self._report.add_invalid if reports_orphans else lambda *_: None
         retained = {key: row for device in pruned for key, row in device.read_alerts().items()}
-        tables = StoredTables(self._store, devices, report_orphan, retained)
+        tables = self._new_tables(self._store, devices, report_orphan, retained)
         changed: list[Any] = []
         own_logs = {
             name: [*logs] for name, logs in groupby(sorted({*last_seqs, *states, *bases}, key=sort_key), itemgetter(0))

@@ -12,6 +12,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from outstation.fleet.audit.stored_rows import is_time, sort_key
 from outstation.fleet.database import gap_ledger, log_succession
 from outstation.fleet.database.alerts import ALERT_COLUMNS, INCIDENT_COLUMNS, merge_incidents
@@ -28,8 +30,8 @@ _MESSAGES_PER_COMMIT = 500
 _SOURCE = ALERT_COLUMNS.index("source")
 # Table → number of key columns, and its columns; all begin with device and log. `logs.since` and what follows from the
 # order of arrival only is not derived.
-_TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "logs": (2, ("device", "log", "last_seq", "live")),
+GATHERED_TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "logs": (2, ("device", "log", "last_seq", "latest", "live")),
     "log_successors": (4, ("device", "log", "successor", "source", "last_seq", "until")),
     "log_ends": (2, ("device", "log", "last_seq")),
     PROVENANCE_TABLE: (
@@ -61,6 +63,30 @@ _ROUNDED = {"boots": 2}
 _NOT_IN_STATEMENTS = ("stamps", INCIDENTS_TABLE)
 
 
+class RowDifference(msgspec.Struct, frozen=True):
+    """A row of one gathered table as it is stored and as the messages give it; None where it is missing."""
+
+    table: str
+    stored: Row | None
+    derived: Row | None
+
+    @property
+    def row(self) -> Row:
+        return self.derived or self.stored or ()
+
+    def describe(self) -> str:
+        if self.stored is None:
+            return f"is missing in table {self.table}: its messages give {self._name_row(self.row)}"
+        if self.derived is None:
+            return f"table {self.table} has {self._name_row(self.stored)}, which no message gives"
+        derived = self._name_row(self.derived)
+        return f"table {self.table} has {self._name_row(self.stored)}, its messages give {derived}"
+
+    def _name_row(self, row: Row) -> str:
+        named = zip(GATHERED_TABLES[self.table][1][2:], row[2:], strict=True)
+        return ", ".join(f"{name} {value!r}" for name, value in named)
+
+
 class Replay:
     """Derived tables of the messages so far: `add` each verified message, then `compare`.
 
@@ -85,13 +111,13 @@ class Replay:
         """Add the rows that pruned messages gave, and their alerts that are still open."""
         merge_incidents(self.db, alerts)
         for table, rows in tables.items():
-            if rows and table in _TABLES:
+            if rows and table in GATHERED_TABLES:
                 self.db.bulk_insert(table, [tuple(row) for row in rows])
 
     def dump(self) -> dict[str, list[list[Any]]]:
         """Return all rows by table, as a retention statement has them."""
         self.flush()
-        tables = [table for table in _TABLES if table not in _NOT_IN_STATEMENTS]
+        tables = [table for table in GATHERED_TABLES if table not in _NOT_IN_STATEMENTS]
         return {table: [[*row] for row in self.db.execute(f"SELECT * FROM {table}")] for table in tables}
 
     def log_ends(self) -> dict[tuple[Any, Any], int]:
@@ -99,25 +125,35 @@ class Replay:
         rows = self.db.execute("SELECT device, log, last_seq FROM log_ends")
         return {(device, log): last_seq for device, log, last_seq in rows}
 
+    def load_since(self, device: str, log: str) -> str:
+        """Return when the first message of a log arrived, of the messages that the replay began with."""
+        ((since,),) = self.db.execute("SELECT since FROM logs WHERE device = ? AND log = ?", (device, log))
+        return str(since)
+
     def forget(self, device: str) -> None:
         """Drop what the messages of a device gave."""
         self.flush()
-        for table in (*_TABLES, "audited"):
+        for table in (*GATHERED_TABLES, "audited"):
             self.db.execute(f"DELETE FROM {table} WHERE device = ?", (device,))
 
     def compare(self, store: FleetStore, devices: Devices, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
         """Yield (device, log, seq or None) and the problem of each row that differs; skip `broken` devices."""
+        for difference in self.find_differences(store, devices):
+            device, log, number, *_ = difference.row
+            if device not in broken:
+                _, columns = GATHERED_TABLES[difference.table]
+                yield (device, log, number if columns[2] in ("seq", "first") else None), difference.describe()
+
+    def find_differences(self, store: FleetStore, devices: Devices) -> Iterator[RowDifference]:
+        """Yield the rows that differ from those that the messages so far give, by table and key."""
         self.flush()
         self._apply_operators_words(store, devices)
         self._merge_collector_alerts(store, devices)
-        for table, (key_width, columns) in _TABLES.items():
+        for table, (key_width, columns) in GATHERED_TABLES.items():
             order = ", ".join(columns[:key_width])
             derived = self.db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
             stored = store.derived_rows(table, columns, order, devices)
-            for row, problem in _compare_tables(table, key_width, stored, derived):
-                device, log, number, *_ = row
-                if device not in broken:
-                    yield (device, log, number if columns[2] in ("seq", "first") else None), problem
+            yield from _compare_tables(table, key_width, stored, derived)
 
     def _apply_operators_words(self, store: FleetStore, devices: Devices) -> None:
         """End the logs that an operator ended: no signed message says so, only the stored row."""
@@ -189,7 +225,7 @@ def _is_utf8(value: Any) -> bool:
 
 def _compare_tables(
     table: str, key_width: int, stored: Iterator[Row], derived: Iterator[Row]
-) -> Iterator[tuple[Row, str]]:
+) -> Iterator[RowDifference]:
     """Compare two tables in the order of their keys."""
     rounded = _ROUNDED.get(table, 0)
     ours, theirs = next(derived, None), next(stored, None)
@@ -200,15 +236,14 @@ def _compare_tables(
         our_key = None if ours is None else sort_key(ours[:key_width])
         their_key = None if theirs is None else sort_key(theirs[:key_width])
         if ours is not None and (their_key is None or (our_key is not None and our_key < their_key)):
-            yield ours, f"is missing in table {table}: its messages give {_name_row(table, ours)}"
+            yield RowDifference(table, None, ours)
             ours = next(derived, None)
         elif theirs is not None and (our_key is None or (their_key is not None and their_key < our_key)):
-            yield theirs, f"table {table} has {_name_row(table, theirs)}, which no message gives"
+            yield RowDifference(table, theirs, None)
             theirs = next(stored, None)
         elif ours is not None and theirs is not None:
             if not _is_equal(ours, theirs, rounded):
-                problem = f"table {table} has {_name_row(table, theirs)}, its messages give {_name_row(table, ours)}"
-                yield ours, problem
+                yield RowDifference(table, theirs, ours)
             ours, theirs = next(derived, None), next(stored, None)
 
 
@@ -223,15 +258,10 @@ def _is_equal(derived: Row, stored: Row, rounded: int) -> bool:
     return True
 
 
-def _name_row(table: str, row: Row) -> str:
-    named = zip(_TABLES[table][1][2:], row[2:], strict=True)
-    return ", ".join(f"{name} {value!r}" for name, value in named)
-
-
 def keep_devices(file: Path, names: Container[Any]) -> None:
     """Delete every device but those in `names` from a file of `Replay`."""
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         devices = [device for (device,) in db.execute("SELECT DISTINCT device FROM audited")]
         db.executemany("DELETE FROM audited WHERE device = ?", [(name,) for name in devices if name not in names])
-        for table in _TABLES:
+        for table in GATHERED_TABLES:
             db.execute(f"DELETE FROM {table} WHERE device NOT IN (SELECT device FROM audited)")

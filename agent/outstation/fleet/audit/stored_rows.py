@@ -29,7 +29,7 @@ class StoredTables:
         """`retained`: rows of table alerts that stayed although their messages were pruned."""
         self._report, self._retained = report, retained or {}
         self._tables = [
-            _TableReader(table, *store.projected_rows(table, devices), self._report_orphan) for table in TABLES
+            _TableReader(table, *store.projected_rows(table, devices), self._accept_orphans) for table in TABLES
         ]
 
     def read(self, key: MessageKey) -> TableRows:
@@ -46,26 +46,35 @@ class StoredTables:
         if stored == expected:
             return
         for table in TABLES:
-            if problem := _compare(table, stored.get(table, []), expected.get(table, [])):
+            if problem := describe_difference(table, stored.get(table, []), expected.get(table, [])):
                 yield problem
 
     def finish(self) -> None:
         """Report the rows behind the last message."""
         for table in self._tables:
             table.skip_to(None)
-        for key in self._retained:
-            self._report(key, "was pruned, but its open alert is missing in table alerts")
+        for key, row in self._retained.items():
+            self.report_missing(key, row)
 
-    def _report_orphan(self, table: str, key: MessageKey, rows: list[Row]) -> None:
-        retained = self._retained.get(key) if table == ALERTS_TABLE else None
-        if retained is not None and [row[: len(retained)] for row in rows] == [retained]:
-            del self._retained[key]
-            return
+    def report_missing(self, key: MessageKey, _row: Row) -> None:
+        """Report that the alert of a pruned message is not stored, although it is open."""
+        self._report(key, "was pruned, but its open alert is missing in table alerts")
+
+    def report_orphans(self, table: str, key: MessageKey, rows: list[Row]) -> None:
+        """Report the rows of a message that is not stored."""
         noun = "results" if table == RESULTS_TABLE else "rows"
         self._report(key, f"is not stored, but table {table} has {len(rows)} {noun} of it")
 
+    def _accept_orphans(self, table: str, key: MessageKey, rows: list[Row]) -> None:
+        retained = self._retained.get(key) if table == ALERTS_TABLE else None
+        if retained is not None and [row[: len(retained)] for row in rows] == [retained]:
+            del self._retained[key]
+        else:
+            self.report_orphans(table, key, rows)
 
-def _compare(table: str, stored: list[Row], expected: list[Row]) -> str | None:
+
+def describe_difference(table: str, stored: list[Row], expected: list[Row]) -> str | None:
+    """Return how a message's rows of one table differ from those that it gives; None if they are the same."""
     if table == RESULTS_TABLE and len(stored) != len(expected):
         return f"reports {len(expected)} results, but table results has {len(stored)} of them"
     if expected and not stored:
@@ -85,7 +94,7 @@ class _TableReader:
     """Reads a table message by message. `place`: sort key of the next message that has rows; None at the end."""
 
     def __init__(self, name: str, columns: list[str], rows: Iterator[Row], report: OrphanReport) -> None:
-        self.name, self._report = name, report
+        self.name, self.columns, self._report = name, columns, report
         key: Callable[[Row], Row] = itemgetter(*(columns.index(column) for column in ("device", "log", "seq")))
         self._groups = groupby(rows, key)
         self.place: Row | None = None

@@ -41,7 +41,7 @@ _PLACES = {
 _SHORT_FORMS = {
     **{name: ("devices", name) for name in ("cost", "enrol-list", "remove", "renew", "revoke", "token", "watch")},
     **{name: ("keys", name) for name in ("collector", "homeassistant", "reissue", "viewer")},
-    **{name: ("db", name) for name in ("export", "migrate", "prune", "sql")},
+    **{name: ("db", name) for name in ("export", "migrate", "prune", "rebuild", "sql")},
     **{name: ("log", name) for name in ("disclosed", "gaps")},
     "accept-log": ("log", "accept"),
     "label": ("labels", "add"),

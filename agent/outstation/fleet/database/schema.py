@@ -3,7 +3,7 @@
 `messages` is the evidence: every message exactly as it arrived. `results`, `result_details`, `result_messages`,
 `result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `incidents`, `shadows`,
 `learned_references`, `rollout_devices`, `samples` and the tables of clocks are projections of the same messages, and
-could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
+`fleet db rebuild` corrects them from it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
 """
 
 from __future__ import annotations

@@ -20,17 +20,18 @@ from outstation.foundation.errors import UsageError
     cls=SentenceGroup,
     headings={
         "Tables": ("tables", "schema", "rows", "query"),
-        "Whole databases": ("export", "sql", "prune", "migrate"),
+        "Whole databases": ("export", "sql", "prune", "rebuild", "migrate"),
     },
     places={
         "export": "outstation.fleet.cli.data.export:export",
         "migrate": "outstation.fleet.cli.data.migrate:migrate",
         "prune": "outstation.fleet.cli.data.prune:prune",
+        "rebuild": "outstation.fleet.cli.data.rebuild:rebuild",
         "sql": "outstation.fleet.cli.data.export:sql",
     },
 )
 def database_group() -> None:
-    """Look into the collector's database, beside a running collector; export, prune and move it whole."""
+    """Look into the collector's database, beside a running collector; export, prune, rebuild and move it whole."""
 
 
 def _open(db: str | None, home: Path) -> sqlite_utils.Database:

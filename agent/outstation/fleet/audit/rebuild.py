@@ -1,0 +1,246 @@
+"""Rebuild: write every table that follows from the messages again, where it differs from them.
+
+It is an audit that corrects. Messages are verified and replayed as an audit does; the rows that differ are replaced,
+the others stay, so a second run changes nothing. One transaction covers one device: a kill leaves each device as it was
+or corrected. A device with a message that does not verify stays as it is.
+
+Nothing signs the order of arrival. A row of `logs` that is missing returns with the time of its first message, and a
+missing alert is numbered again. Alerts that the collector raised itself are in no message, so they stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from outstation.fleet.audit import pruned as pruned_devices
+from outstation.fleet.audit.audit import DeviceAuditor
+from outstation.fleet.audit.replay import GATHERED_TABLES, Replay, RowDifference
+from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.stored_rows import MessageKey, StoredTables, describe_difference
+from outstation.fleet.database.interface import Connection, Row
+from outstation.fleet.database.projection import ALERTS_TABLE, SHARED_TABLES, TABLES, TableRows
+from outstation.fleet.database.store import DeviceRange, Devices, FleetStore
+from outstation.protocol.wire.keys import PublicKey
+
+# Readers go on behind the last rowid that they saw, so a row that is corrected keeps its own.
+_NUMBERED_TABLES = frozenset({ALERTS_TABLE, "shadows"})
+# Columns after device, log and seq by which an index finds the rows of a message.
+_INDEXED_COLUMNS = {"results": ("task", "row"), "result_details": ("row",), "metrics": ("task",)}
+_FLAGS = frozenset({"live", "declared", "trusted", "implied"})
+_ROWS_PER_INSERT = 2_000
+_ARRIVAL = "SELECT min(received), max(received) FROM messages WHERE device = ? AND log = ?"
+_LOGS = "SELECT device, log, last_seq, since, latest, live FROM logs WHERE device = ? ORDER BY rowid"
+# Notifications would skip an alert that is numbered below the last one they saw.
+_REWIND_NOTIFICATIONS = """
+    UPDATE notify_cursor SET cursor = (SELECT coalesce(max(rowid), 0) FROM alerts)
+    WHERE cursor > (SELECT coalesce(max(rowid), 0) FROM alerts)"""
+
+
+class RebuildReport(msgspec.Struct):
+    """`rows`: changed rows by table; `invalid`: why the devices that it names stay as they are, a message each."""
+
+    devices: int = 0
+    messages: int = 0
+    rows: dict[str, int] = msgspec.field(default_factory=dict)
+    invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    invalid_count: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return not self.invalid_count
+
+
+def rebuild(
+    store: FleetStore,
+    device: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    collectors: Sequence[PublicKey] = (),
+) -> RebuildReport:
+    """Correct the tables of all devices, or of one, while no collector runs; call `progress` after each hundred.
+
+    `collectors`: keys with which retention statements are valid. Raises StorageError (Busy, Full).
+    """
+    audited, rows = AuditReport(), Counter[str]()
+    # It sees the rows as they were, whatever the transaction has written by then.
+    with FleetStore(store.location, read_only=True) as reader:
+        enrolled = reader.enrolled_devices()
+        for devices in [device] if device is not None else _split(enrolled):
+            report = AuditReport()
+            with contextlib.suppress(_NotVerified), store.transaction() as db:
+                db.lock_devices(_select(enrolled, devices))
+                corrections = _Corrections(db)
+                with reader.snapshot():
+                    _correct(reader, devices, corrections, report, progress, collectors)
+                corrections.finish()
+                rows.update(corrections.counts)
+                # What an audit says beyond the signatures is no fault of a table.
+                report.invalid, report.invalid_count = [], 0
+            audited.merge(report)
+    return RebuildReport(
+        audited.devices, audited.messages, dict(sorted(rows.items())), audited.invalid, audited.invalid_count
+    )
+
+
+class _NotVerified(Exception):
+    """Rolls the transaction of a device back, whose evidence does not verify."""
+
+
+def _split(enrolled: Sequence[str]) -> list[Devices]:
+    """Return ranges with one enrolled device each; rows with a damaged name belong to that of their neighbour."""
+    bounds = enrolled[1:]
+    return [DeviceRange(first, before) for first, before in zip([None, *bounds], [*bounds, None], strict=True)]
+
+
+def _select(enrolled: Sequence[str], devices: Devices) -> list[str]:
+    if not isinstance(devices, DeviceRange):
+        return [name for name in enrolled if name == devices]
+    first = enrolled.index(devices.first) if devices.first is not None else 0
+    return [*enrolled[first : first + 1]]
+
+
+def _correct(
+    reader: FleetStore,
+    devices: Devices,
+    corrections: _Corrections,
+    report: AuditReport,
+    progress: Callable[[int], None],
+    collectors: Sequence[PublicKey],
+) -> None:
+    with contextlib.closing(Replay()) as replay:
+        pruned, problems = pruned_devices.load(reader, devices, collectors)
+        for name, problem in problems.items():
+            report.add_invalid((name, "", None), problem)
+        tables = partial(_CorrectedTables, corrections)
+        auditor = DeviceAuditor(reader, replay, report, progress, pruned, tables=tables)
+        auditor.audit(devices, {})
+        report.devices = len(auditor.names)
+        if auditor.broken or problems:
+            raise _NotVerified
+        differences = [*replay.find_differences(reader, devices)]
+        for difference in differences:
+            if difference.table != "logs":
+                corrections.replace_gathered(difference)
+        corrections.correct_logs([each for each in differences if each.table == "logs"], replay)
+
+
+class _CorrectedTables(StoredTables):
+    """Replaces the rows that differ, instead of a report."""
+
+    def __init__(self, corrections: _Corrections, *arguments: Any) -> None:
+        self._corrections = corrections
+        super().__init__(*arguments)
+        self._columns = {table.name: table.columns for table in self._tables}
+
+    def compare(self, stored: TableRows, expected: TableRows) -> Iterator[str]:
+        for table in TABLES:
+            rows = stored.get(table, []), expected.get(table, [])
+            if describe_difference(table, *rows):
+                self._corrections.replace_projected(table, self._columns[table], *rows)
+        return iter(())
+
+    def report_orphans(self, table: str, key: MessageKey, rows: list[Row]) -> None:
+        retained = self._retained.pop(key, None) if table == ALERTS_TABLE else None
+        expected = [] if retained is None else [retained]
+        self._corrections.replace_projected(table, self._columns[table], rows, expected)
+
+    def report_missing(self, _key: MessageKey, row: Row) -> None:
+        self._corrections.replace_projected(ALERTS_TABLE, self._columns[ALERTS_TABLE], [], [row])
+
+
+class _Corrections:
+    """Writes rows into the transaction. `counts`: rows deleted or written, by table."""
+
+    def __init__(self, db: Connection) -> None:
+        self._db = db
+        self.counts = Counter[str]()
+        self._inserts: dict[str, list[Row]] = {}
+
+    def replace_projected(self, table: str, columns: Sequence[str], stored: list[Row], expected: list[Row]) -> None:
+        """Replace the rows that one message gave."""
+        self.counts[table] += max(len(stored), len(expected))
+        key = ("device", "log", "seq", *_INDEXED_COLUMNS.get(table, ()))
+        source = " AND source = 'device'" if table in SHARED_TABLES else ""
+        if table in _NUMBERED_TABLES and len(stored) == len(expected) == 1:
+            assignments = ", ".join(f'"{name}" = ?' for name in columns[: len(expected[0])])
+            where, values = _match(columns, key, stored[0])
+            self._db.execute(f"UPDATE {table} SET {assignments} WHERE {where}{source}", (*expected[0], *values))
+            return
+        for row in stored:
+            where, values = _match(columns, key, row)
+            self._db.execute(f"DELETE FROM {table} WHERE {where}{source}", values)
+        self._insert(table, expected)
+
+    def replace_gathered(self, difference: RowDifference) -> None:
+        """Replace a row that several messages gave."""
+        table = difference.table
+        width, columns = GATHERED_TABLES[table]
+        self.counts[table] += 1
+        where, values = _match(columns, columns[:width], difference.row)
+        self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
+        if difference.derived is not None:
+            names = ", ".join(f'"{name}"' for name in columns)
+            places = ", ".join("?" * len(columns))
+            row = _to_flags(columns, difference.derived)
+            self._db.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", row)
+
+    def correct_logs(self, differences: Sequence[RowDifference], replay: Replay) -> None:
+        """Correct rows of table logs in place: their order is that of arrival, by which the newest log is found."""
+        width, columns = GATHERED_TABLES["logs"]
+        assignments = ", ".join(f"{name} = ?" for name in columns[width:])
+        missing = []
+        for difference in differences:
+            self.counts["logs"] += 1
+            where, key = _match(columns, columns[:width], difference.row)
+            if difference.derived is None:
+                self._db.execute(f"DELETE FROM logs WHERE {where}", key)
+            elif difference.stored is None:
+                missing.append(difference.derived)
+            else:
+                values = _to_flags(columns, difference.derived)[width:]
+                self._db.execute(f"UPDATE logs SET {assignments} WHERE {where}", (*values, *key))
+        for device in sorted({device for device, *_ in missing}):
+            rows = [tuple(row) for row in self._db.execute(_LOGS, (device,))]
+            for _, log, last_seq, latest, live in [row for row in missing if row[0] == device]:
+                since, _ = self._db.execute(_ARRIVAL, (device, log)).fetchone()
+                rows.append((device, log, last_seq, since or replay.load_since(device, log), latest, bool(live)))
+            self._db.execute("DELETE FROM logs WHERE device = ?", (device,))
+            self._db.bulk_insert("logs", sorted(rows, key=lambda row: row[3]))
+
+    def finish(self) -> None:
+        for table in [*self._inserts]:
+            self._write(table)
+        if self.counts[ALERTS_TABLE]:
+            self._db.execute(_REWIND_NOTIFICATIONS)
+
+    def _insert(self, table: str, rows: list[Row]) -> None:
+        self._inserts.setdefault(table, []).extend(rows)
+        if len(self._inserts[table]) >= _ROWS_PER_INSERT:
+            self._write(table)
+
+    def _write(self, table: str) -> None:
+        if rows := self._inserts.pop(table, []):
+            self._db.bulk_insert(table, rows)
+
+
+def _match(columns: Sequence[str], key: Sequence[str], row: Row) -> tuple[str, Row]:
+    """Return a condition for the key columns of a row, and its values."""
+    conditions, values = [], []
+    for name, value in zip(columns, row, strict=False):
+        if name in key:
+            # SQLite reads text that is not UTF-8 with surrogates.
+            data = value.encode(errors="surrogateescape") if isinstance(value, str) else b""
+            is_damaged = bool(data) and data.decode(errors="replace") != value
+            conditions.append(f'"{name}" = CAST(? AS TEXT)' if is_damaged else f'"{name}" = ?')
+            values.append(data if is_damaged else value)
+    return " AND ".join(conditions), tuple(values)
+
+
+def _to_flags(columns: Sequence[str], row: Row) -> Row:
+    """Return a row with its flags as such; SQLite, where they were derived, has numbers."""
+    return tuple(bool(value) if name in _FLAGS else value for name, value in zip(columns, row, strict=True))
