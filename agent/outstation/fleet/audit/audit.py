@@ -180,12 +180,16 @@ class DeviceAuditor:
         *,
         makes_states: bool = False,
         tables: Callable[..., StoredTables] = StoredTables,
+        keyring: Keyring | None = None,
     ) -> None:
-        """`tables`: reads the rows of each message and reports, or corrects, those that differ."""
+        """`tables`: reads the rows of each message and reports, or corrects, those that differ.
+
+        `keyring`: of the store, if it was read before.
+        """
         self._pruned, self._new_tables = pruned, tables
         self._store, self._replay, self._report, self._progress = store, replay, report, progress
         self._makes_states = makes_states
-        self._keyring = Keyring(store)
+        self._keyring = keyring or Keyring(store)
         self.states: dict[tuple[Any, Any], LogState] = {}
         self.names: set[Any] = set()
         self.broken: set[Any] = set()
