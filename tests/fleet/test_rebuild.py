@@ -143,7 +143,7 @@ def test_one_device_is_rebuilt_and_the_others_are_not(store: FleetStore) -> None
     assert read_tables(store) == before
 
 
-def test_a_device_whose_message_does_not_verify_stays(store: FleetStore) -> None:
+def test_an_unverified_message_excludes_its_device(store: FleetStore) -> None:
     fill(store)
     before = read_tables(store)
     execute(store, "UPDATE messages SET payload = ? WHERE device = 'pi-08' AND seq = 3", b"{}")
@@ -169,7 +169,7 @@ def test_what_was_pruned_does_not_return_and_its_open_alerts_do(store: FleetStor
     assert test_prune.check(store).passed
 
 
-def test_a_device_whose_retention_statement_is_not_genuine_stays(store: FleetStore) -> None:
+def test_a_forged_retention_statement_excludes_its_device(store: FleetStore) -> None:
     sender = MessageSender()
     test_prune.ingest(store, sender, test_prune.OLD, *test_prune.everything(sender, "a"))
     test_prune.ingest(store, sender, test_prune.NEW, sender.results())
