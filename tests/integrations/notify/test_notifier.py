@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from outstation.fleet.audit.audit import audit
+from outstation.fleet.audit.rebuild import rebuild
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.incidents import incidents
@@ -428,6 +429,24 @@ def test_a_clock_that_is_set_back_silences_nothing(store: FleetStore, hook: Hook
     hook.posts.clear()
     desk.alert(AY, summary="ay: gain loss.")
     assert len(desk.turn(120)) == 2
+
+
+def test_alerts_that_a_rebuild_restored_are_not_sent_again(store: FleetStore, hook: HookServer) -> None:
+    desk = Desk(store, hook)
+    desk.alert()
+    desk.alert(AY, summary="ay: gain loss.")
+    desk.turn(120)
+    desk.alert(state="cleared", severity="info", summary="ax: as before.")
+    desk.turn(120)
+    desk.notifier.stop()
+    with store.transaction() as db:
+        db.execute("DELETE FROM alerts")
+        db.execute("DELETE FROM incidents")
+    assert rebuild(store).rows == {"alerts": 3, "incidents": 2}
+    desk.restart()
+    assert desk.turn(600) == []
+    desk.alert("exercise/az/drift/1", summary="az: gain loss.")
+    assert desk.turn(120) == ["[warning] pi-07: az: gain loss."]
 
 
 def test_targets_that_the_config_no_longer_names_are_forgotten(store: FleetStore, hook: HookServer) -> None:

@@ -14,6 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -29,26 +30,24 @@ from outstation.fleet.database.projection import ALERTS_TABLE, SHARED_TABLES, TA
 from outstation.fleet.database.store import DeviceRange, Devices, FleetStore
 from outstation.protocol.wire.keys import PublicKey
 
-# Readers go on behind the last rowid that they saw, so a row that is corrected keeps its own.
-_NUMBERED_TABLES = frozenset({ALERTS_TABLE, "shadows"})
 # Columns after device, log and seq by which an index finds the rows of a message.
 _INDEXED_COLUMNS = {"results": ("task", "row"), "result_details": ("row",), "metrics": ("task",)}
 _FLAGS = frozenset({"live", "declared", "trusted", "implied"})
 _ROWS_PER_INSERT = 2_000
-_ARRIVAL = "SELECT min(received), max(received) FROM messages WHERE device = ? AND log = ?"
+_ARRIVAL = "SELECT min(received) FROM messages WHERE device = ? AND log = ?"
 _LOGS = "SELECT device, log, last_seq, since, latest, live FROM logs WHERE device = ? ORDER BY rowid"
-# Notifications would skip an alert that is numbered below the last one they saw.
-_REWIND_NOTIFICATIONS = """
-    UPDATE notify_cursor SET cursor = (SELECT coalesce(max(rowid), 0) FROM alerts)
-    WHERE cursor > (SELECT coalesce(max(rowid), 0) FROM alerts)"""
+# Else notifications would send alerts that returned as new ones, or skip new ones with a lower number. They compare all
+# open alerts with what they sent, whatever the cursor.
+_MOVE_CURSOR = "UPDATE notify_cursor SET cursor = (SELECT coalesce(max(rowid), 0) FROM alerts)"
 
 
 class RebuildReport(msgspec.Struct):
-    """`rows`: changed rows by table; `invalid`: why the devices that it names stay as they are, a message each."""
+    """Rows that were corrected, by table; devices that were not, and the problems of their evidence."""
 
     devices: int = 0
     messages: int = 0
     rows: dict[str, int] = msgspec.field(default_factory=dict)
+    excluded: list[str] = msgspec.field(default_factory=list)
     invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
     invalid_count: int = 0
 
@@ -67,44 +66,41 @@ def rebuild(
 
     `collectors`: keys with which retention statements are valid. Raises StorageError (Busy, Full).
     """
-    audited, rows = AuditReport(), Counter[str]()
+    audited, rows, excluded = AuditReport(), Counter[str](), list[str]()
     # It sees the rows as they were, whatever the transaction has written by then.
     with FleetStore(store.location, read_only=True) as reader:
         enrolled = reader.enrolled_devices()
         # A key costs 0.1 ms to parse: of a thousand devices, once, and not for each of them.
         keyring = Keyring(reader)
-        for devices in [device] if device is not None else _split(enrolled):
+        for devices, names in [(device, [device])] if device is not None else _split(enrolled):
             report = AuditReport()
-            with contextlib.suppress(_NotVerified), store.transaction() as db:
-                db.lock_devices(_select(enrolled, devices))
-                corrections = _Corrections(db)
-                with reader.snapshot():
-                    _correct(reader, keyring, devices, corrections, report, progress, collectors)
-                corrections.finish()
+            try:
+                with store.transaction() as db:
+                    db.lock_devices(names)
+                    corrections = _Corrections(db)
+                    with reader.snapshot():
+                        _correct(reader, keyring, devices, corrections, report, progress, collectors)
+                    corrections.finish()
+            except _NotVerified:
+                excluded += names
+            else:
                 rows.update(corrections.counts)
                 # What an audit says beyond the signatures is no fault of a table.
                 report.invalid, report.invalid_count = [], 0
             audited.merge(report)
-    return RebuildReport(
-        audited.devices, audited.messages, dict(sorted(rows.items())), audited.invalid, audited.invalid_count
-    )
+    changed = dict(sorted(rows.items()))
+    return RebuildReport(audited.devices, audited.messages, changed, excluded, audited.invalid, audited.invalid_count)
 
 
 class _NotVerified(Exception):
     """Rolls the transaction of a device back, whose evidence does not verify."""
 
 
-def _split(enrolled: Sequence[str]) -> list[Devices]:
-    """Return ranges with one enrolled device each; rows with a damaged name belong to that of their neighbour."""
-    bounds = enrolled[1:]
-    return [DeviceRange(first, before) for first, before in zip([None, *bounds], [*bounds, None], strict=True)]
-
-
-def _select(enrolled: Sequence[str], devices: Devices) -> list[str]:
-    if not isinstance(devices, DeviceRange):
-        return [name for name in enrolled if name == devices]
-    first = enrolled.index(devices.first) if devices.first is not None else 0
-    return [*enrolled[first : first + 1]]
+def _split(enrolled: Sequence[str]) -> list[tuple[Devices, list[str]]]:
+    """Return a range for each device, with its name; rows with a damaged name belong to that of their neighbour."""
+    bounds = [None, *enrolled[1:], None]
+    names = [[name] for name in enrolled] or [[]]
+    return [(DeviceRange(*bound), name) for bound, name in zip(pairwise(bounds), names, strict=True)]
 
 
 def _correct(
@@ -126,11 +122,13 @@ def _correct(
         report.devices = len(auditor.names)
         if auditor.broken or problems:
             raise _NotVerified
-        differences = [*replay.find_differences(reader, devices)]
-        for difference in differences:
-            if difference.table != "logs":
+        logs = []
+        for difference in replay.find_differences(reader, devices):
+            if difference.table == "logs":
+                logs.append(difference)
+            else:
                 corrections.replace_gathered(difference)
-        corrections.correct_logs([each for each in differences if each.table == "logs"], replay)
+        corrections.correct_logs(logs, replay)
 
 
 class _CorrectedTables(StoredTables):
@@ -142,7 +140,7 @@ class _CorrectedTables(StoredTables):
         self._columns = {table.name: table.columns for table in self._tables}
 
     def compare(self, stored: TableRows, expected: TableRows) -> Iterator[str]:
-        for table in TABLES:
+        for table in TABLES if stored != expected else ():
             rows = stored.get(table, []), expected.get(table, [])
             if describe_difference(table, *rows):
                 self._corrections.replace_projected(table, self._columns[table], *rows)
@@ -158,7 +156,7 @@ class _CorrectedTables(StoredTables):
 
 
 class _Corrections:
-    """Writes rows into the transaction. `counts`: rows deleted or written, by table."""
+    """Writes rows into the transaction. `counts`: rows that differed, by table."""
 
     def __init__(self, db: Connection) -> None:
         self._db = db
@@ -167,11 +165,15 @@ class _Corrections:
 
     def replace_projected(self, table: str, columns: Sequence[str], stored: list[Row], expected: list[Row]) -> None:
         """Replace the rows that one message gave."""
-        self.counts[table] += max(len(stored), len(expected))
+        # PostgreSQL appends the column `rowid` to some tables.
+        width = len(expected[0]) if expected else len(columns)
+        before, after = Counter(row[:width] for row in stored), Counter(expected)
+        self.counts[table] += max((before - after).total(), (after - before).total())
         key = ("device", "log", "seq", *_INDEXED_COLUMNS.get(table, ()))
         source = " AND source = 'device'" if table in SHARED_TABLES else ""
-        if table in _NUMBERED_TABLES and len(stored) == len(expected) == 1:
-            assignments = ", ".join(f'"{name}" = ?' for name in columns[: len(expected[0])])
+        if table == ALERTS_TABLE and stored and expected:
+            # Notifications go on behind the last rowid that they saw, so a corrected alert keeps its own.
+            assignments = ", ".join(f'"{name}" = ?' for name in columns[:width])
             where, values = _match(columns, key, stored[0])
             self._db.execute(f"UPDATE {table} SET {assignments} WHERE {where}{source}", (*expected[0], *values))
             return
@@ -185,13 +187,11 @@ class _Corrections:
         table = difference.table
         width, columns = GATHERED_TABLES[table]
         self.counts[table] += 1
-        where, values = _match(columns, columns[:width], difference.row)
-        self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
+        if difference.stored is not None:
+            where, values = _match(columns, columns[:width], difference.stored)
+            self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
         if difference.derived is not None:
-            names = ", ".join(f'"{name}"' for name in columns)
-            places = ", ".join("?" * len(columns))
-            row = _to_flags(columns, difference.derived)
-            self._db.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", row)
+            self._insert(table, [_to_flags(columns, difference.derived)])
 
     def correct_logs(self, differences: Sequence[RowDifference], replay: Replay) -> None:
         """Correct rows of table logs in place: their order is that of arrival, by which the newest log is found."""
@@ -211,7 +211,7 @@ class _Corrections:
         for device in sorted({device for device, *_ in missing}):
             rows = [tuple(row) for row in self._db.execute(_LOGS, (device,))]
             for _, log, last_seq, latest, live in [row for row in missing if row[0] == device]:
-                since, _ = self._db.execute(_ARRIVAL, (device, log)).fetchone()
+                (since,) = self._db.execute(_ARRIVAL, (device, log)).fetchone()
                 rows.append((device, log, last_seq, since or replay.load_since(device, log), latest, bool(live)))
             self._db.execute("DELETE FROM logs WHERE device = ?", (device,))
             self._db.bulk_insert("logs", sorted(rows, key=lambda row: row[3]))
@@ -220,7 +220,7 @@ class _Corrections:
         for table in [*self._inserts]:
             self._write(table)
         if self.counts[ALERTS_TABLE]:
-            self._db.execute(_REWIND_NOTIFICATIONS)
+            self._db.execute(_MOVE_CURSOR)
 
     def _insert(self, table: str, rows: list[Row]) -> None:
         self._inserts.setdefault(table, []).extend(rows)
@@ -228,7 +228,13 @@ class _Corrections:
             self._write(table)
 
     def _write(self, table: str) -> None:
-        if rows := self._inserts.pop(table, []):
+        rows = self._inserts.pop(table, [])
+        if rows and table in GATHERED_TABLES:
+            # In the order of the replay's columns, which is not that of the table.
+            _, columns = GATHERED_TABLES[table]
+            names, places = ", ".join(f'"{name}"' for name in columns), ", ".join("?" * len(columns))
+            self._db.executemany(f"INSERT INTO {table} ({names}) VALUES ({places})", rows)
+        elif rows:
             self._db.bulk_insert(table, rows)
 
 

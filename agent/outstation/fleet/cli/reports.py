@@ -365,6 +365,8 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         )
     for entry in report["invalid"][:_MAX_LISTED]:
         yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
+    if any("table " in entry["reason"] for entry in report["invalid"]):
+        yield "  tables differ from the messages: stop the collector, and `outstation fleet db rebuild` corrects them"
     for gap in missing[:_MAX_LISTED]:
         yield f"  {gap['device']} {gap['log']} seq {gap['from']}-{gap['to']} is missing"
     joined = [each for entry in report["coverage"] for each in entry["joined"].values()]

@@ -25,12 +25,12 @@ _MOST_LINES = 10
 @click.argument("device", required=False)
 @database_options
 def rebuild(device: str | None, db: str | None, home: Path, as_json: bool) -> None:
-    """Correct every table that follows from the stored messages: results, alerts, incidents, gaps, clocks and so on.
+    """Correct every table that follows from the stored messages: results, drift windows, alerts, gaps, clocks.
 
     Use it when `outstation fleet audit` says that a table differs from its messages. Stop the collector before. The
-    messages are verified and stay as they are; a second run changes nothing. A device with a message that does not
-    verify keeps its tables, and the command fails. Labels, verdicts and other rows that a person or the collector
-    wrote are not touched.
+    command verifies the messages and leaves them as they are; a second run changes nothing. It changes no table of a
+    device with a message that does not verify, and fails. Labels, verdicts and other rows that a person or the
+    collector wrote are not touched.
     """
     from outstation.fleet.audit.rebuild import rebuild as run_rebuild
 
@@ -52,6 +52,8 @@ def _report_lines(report: RebuildReport) -> Iterator[str]:
     yield f"{count}: corrected rows: {changed}" if changed else f"{count}: no table differs from its messages"
     for entry in report.invalid[:_MOST_LINES]:
         place = "" if entry["seq"] is None else f" log {entry['log']} seq {entry['seq']}"
-        yield f"{entry['device']}:{place} {entry['reason']}; its tables stay as they are"
+        yield f"{entry['device']}:{place} {entry['reason']}"
     if report.invalid_count:
-        yield f"{pluralize(report.invalid_count, 'problem')}; `outstation fleet audit` lists all of them"
+        names = ", ".join(report.excluded[:_MOST_LINES])
+        more = f" and {len(report.excluded) - _MOST_LINES} more" if len(report.excluded) > _MOST_LINES else ""
+        yield f"Not rebuilt, as the evidence does not verify: {names}{more}. `outstation fleet audit` lists all problems."
