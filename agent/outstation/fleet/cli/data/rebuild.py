@@ -56,4 +56,4 @@ def _report_lines(report: RebuildReport) -> Iterator[str]:
     if report.invalid_count:
         names = ", ".join(report.excluded[:_MOST_LINES])
         more = f" and {len(report.excluded) - _MOST_LINES} more" if len(report.excluded) > _MOST_LINES else ""
-        yield f"Not rebuilt, as the evidence does not verify: {names}{more}. `outstation fleet audit` lists all problems."
+        yield f"Not rebuilt, as the evidence does not verify: {names}{more}. `outstation fleet audit` lists it all."
