@@ -21,7 +21,7 @@ from outstation.fleet.database.drift_windows import load_observed_periods
 from outstation.fleet.database.incidents import device_status
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.interface import Connection
-from outstation.fleet.database.projection import ALERTS_TABLE, TABLES
+from outstation.fleet.database.schema.message_tables import ALERTS, PROJECTED
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.drift.polled_alerts import LOOKBACK_US
 from outstation.fleet.drift.survey import summarize_drift
@@ -225,8 +225,7 @@ def generate(location: str, count: int, device_count: int = DEVICES) -> None:
         _add_steps(db, per_device)
         for statement in _statements(per_device):
             db.execute(statement)
-        columns = ", ".join(alerts.ALERT_COLUMNS)
-        alerts.merge_incidents(db, db.execute(f"SELECT {columns} FROM alerts").fetchall())
+        alerts.merge_incidents(db, db.execute(f"SELECT {', '.join(ALERTS.names)} FROM alerts").fetchall())
         for table in ("step", "sample_messages"):
             db.execute(f"DROP TABLE {table}")
     if store.shared:
@@ -276,7 +275,7 @@ def _statements(per_device: int) -> Iterator[str]:
             JOIN {table} o ON o.seq = {_SAMPLE_SEQS[kind]} AND o.device = 'pi-0000' AND o.log = 'sample'
             WHERE s.kind = '{kind}'"""
 
-    for table in ("messages", *(table for table in TABLES if table != "shadows")):
+    for table in ("messages", *(table for table in PROJECTED if table != "shadows")):
         yield f"UPDATE {table} SET log = 'sample'"
     yield f"""
         INSERT INTO messages (device, log, seq, kind, topic, payload, jws, received)
@@ -286,12 +285,12 @@ def _statements(per_device: int) -> Iterator[str]:
     yield copy("result_messages", "results", rows_first="s.seq", rows_last="s.seq")
     yield copy("drift_windows", "drift", first="s.seq", last="s.seq", **{"from": "s.at", "to": "s.later"})
     yield copy(
-        ALERTS_TABLE, "alerts", subject="s.field", time="s.at", state="s.state",
+        ALERTS.name, "alerts", subject="s.field", time="s.at", state="s.state",
         id="'exercise/' || s.field || s.episode",
     )  # fmt: skip
     yield copy("quality_messages", "quality", time="s.at")
     yield copy("metrics", "quality", time="s.at")
-    for table in ("messages", *(table for table in TABLES if table != "shadows")):
+    for table in ("messages", *(table for table in PROJECTED if table != "shadows")):
         yield f"DELETE FROM {table} WHERE log = 'sample'"
     for table in ("logs", "incidents", "stamps"):
         yield f"DELETE FROM {table}"

@@ -13,7 +13,7 @@ import pytest
 
 from outstation.fleet.audit.audit import audit
 from outstation.fleet.database.ingest import Arrival
-from outstation.fleet.database.projection import TABLES
+from outstation.fleet.database.schema.message_tables import PROJECTED
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation.errors import StorageDamaged
 from outstation.workbench.testing.messages import NEW_MODEL, MessageSender, new_key
@@ -25,7 +25,7 @@ COMMANDS = ("devices", "alerts --all", "audit", "gaps", "drift", "rollout status
 TEXTS = [value for value in CELLS if isinstance(value, str) and "\0" not in value]
 # What one moment, the order of arrival or an operator decides, and no message states.
 UNSIGNED = {("logs", "since"), ("logs", "latest")}
-DERIVED = ("messages", "logs", "gaps", "anchors", "segments", "boots", "stamps", *TABLES)
+DERIVED = ("messages", "logs", "gaps", "anchors", "segments", "boots", "stamps", *PROJECTED)
 NUMBERS = [value for value in CELLS if isinstance(value, int)]
 
 

@@ -26,7 +26,7 @@ from outstation.fleet.collector.subscriptions import topic_filters
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.interface import display_name
 from outstation.fleet.database.postgresql_rows import to_psycopg
-from outstation.fleet.database.schema import MIGRATIONS
+from outstation.fleet.database.schema.migrations import MIGRATIONS
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation.errors import MessageRefused, StorageError, UsageError
 from outstation.protocol.transport.broker_config import BrokerConfig

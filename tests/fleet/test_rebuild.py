@@ -18,7 +18,7 @@ from outstation.fleet.audit.audit import audit
 from outstation.fleet.audit.rebuild import RebuildReport, rebuild
 from outstation.fleet.cli.group import fleet
 from outstation.fleet.database.ingest import Arrival
-from outstation.fleet.database.projection import TABLES
+from outstation.fleet.database.schema.message_tables import PROJECTED
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.enrolment.enrol import init_fleet
 from outstation.foundation.errors import UsageError
@@ -28,7 +28,7 @@ from tests.fleet.retention import test_prune
 from tests.fleet.test_audit_tables import DERIVED, alter, fill, ingest, read_rows
 
 Tables = dict[str, list[tuple[Any, ...]]]
-ALL_TABLES = (*TABLES, *DERIVED)
+ALL_TABLES = (*PROJECTED, *DERIVED)
 LATER = "2026-11-25T22:20:00.000000Z"
 
 

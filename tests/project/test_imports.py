@@ -63,7 +63,9 @@ ONLY = {
     "ray": {"outstation.workbench.evaluation.predict.ray_cluster"},
     "cyclonedx": {"outstation.evidence.gather.sbom"},
     "rfc3161_client": {"outstation.evidence.timestamps.token"},
-    "psycopg": {f"outstation.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_schema")},
+    "psycopg": {
+        f"outstation.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "schema.translation")
+    },
     "google": {"outstation.integrations.sparkplug.sparkplug_payload"},
     "duckdb": {"outstation.fleet.export.query"},
     "tuf": {

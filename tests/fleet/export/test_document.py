@@ -1,4 +1,4 @@
-"""The page about exports: its kinds and columns are those of the code, and its example answers its question."""
+"""The page about exports: its examples answer their questions."""
 
 from __future__ import annotations
 
@@ -12,34 +12,13 @@ from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.export.export import export
 from outstation.fleet.export.query import ExportQueries
-from outstation.fleet.export.tables import KINDS, Filters, arrow_schema
+from outstation.fleet.export.tables import Filters
 from outstation.foundation import clock
 from outstation.workbench.testing.messages import FLEET, MessageSender, new_key
 
 TEXT = (Path(__file__).parents[3] / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
 DAY_US = 86_400_000_000
 LAST = clock.parse_rfc3339("2026-11-24T12:00:00Z")
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_the_columns_of_each_kind(name: str) -> None:
-    section = TEXT.partition(f"**`{name}`**, by `{KINDS[name].time}`\n")[2].partition("\n**")[0]
-    listed = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
-    cells = [[cell.strip() for cell in line] for line in listed]
-    fields = arrow_schema(name)
-    expected = []
-    for column, field in zip(KINDS[name].columns, fields, strict=True):
-        kind = str(field.type)
-        if column.type == "text":
-            kind = "string (dictionary)"
-        elif column.type in ("rfc3339", "epoch_us"):
-            kind = "timestamp[us, UTC]"
-        elif column.type == "outputs":
-            kind = "map<string, double>"
-        elif column.type == "names":
-            kind = "list<string>"
-        expected.append([f"`{column.name}`", kind, column.unit or "–", column.meaning])
-    assert cells == expected
 
 
 def test_the_example_lists_devices_with_drift_and_lower_accuracy(tmp_path: Path) -> None:

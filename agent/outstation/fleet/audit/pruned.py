@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from outstation.fleet.audit.checkpoint import LogState
-from outstation.fleet.database.alerts import ALERT_COLUMNS
 from outstation.fleet.database.interface import LogId
+from outstation.fleet.database.schema.message_tables import ALERTS
 from outstation.fleet.database.store import Devices, FleetStore
 from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused
@@ -99,7 +99,7 @@ class PrunedDevice:
 
     def read_alerts(self) -> dict[tuple[str, str, int], tuple[Any, ...]]:
         """Return the rows of alerts that are open although their messages went, by message."""
-        names = ALERT_COLUMNS
+        names = ALERTS.names
         log, seq = names.index("log"), names.index("seq")
         return {(self.statement.device, row[log], row[seq]): tuple(row) for row in self.read_state().alerts}
 

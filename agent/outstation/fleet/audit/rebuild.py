@@ -21,18 +21,16 @@ import msgspec
 
 from outstation.fleet.audit import pruned as pruned_devices
 from outstation.fleet.audit.audit import DeviceAuditor
-from outstation.fleet.audit.replay import GATHERED_TABLES, Replay, RowDifference
+from outstation.fleet.audit.replay import COMPARED, Replay, RowDifference
 from outstation.fleet.audit.report import AuditReport
 from outstation.fleet.audit.stored_rows import MessageKey, StoredTables, describe_difference
 from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.keyring import Keyring
-from outstation.fleet.database.projection import ALERTS_TABLE, SHARED_TABLES, TABLES, TableRows
+from outstation.fleet.database.projection import TableRows
+from outstation.fleet.database.schema.message_tables import ALERTS, GATHERED, LOGS, PROJECTED, SHARED
 from outstation.fleet.database.store import DeviceRange, Devices, FleetStore
 from outstation.protocol.wire.keys import PublicKey
 
-# Columns after device, log and seq by which an index finds the rows of a message.
-_INDEXED_COLUMNS = {"results": ("task", "row"), "result_details": ("row",), "metrics": ("task",)}
-_FLAGS = frozenset({"live", "declared", "trusted", "implied"})
 _ROWS_PER_INSERT = 2_000
 _ARRIVAL = "SELECT min(received) FROM messages WHERE device = ? AND log = ?"
 _LOGS = "SELECT device, log, last_seq, since, latest, live FROM logs WHERE device = ? ORDER BY rowid"
@@ -140,19 +138,19 @@ class _CorrectedTables(StoredTables):
         self._columns = {table.name: table.columns for table in self._tables}
 
     def compare(self, stored: TableRows, expected: TableRows) -> Iterator[str]:
-        for table in TABLES if stored != expected else ():
+        for table in PROJECTED if stored != expected else ():
             rows = stored.get(table, []), expected.get(table, [])
             if describe_difference(table, *rows):
                 self._corrections.replace_projected(table, self._columns[table], *rows)
         return iter(())
 
     def report_orphans(self, table: str, key: MessageKey, rows: list[Row]) -> None:
-        retained = self._retained.pop(key, None) if table == ALERTS_TABLE else None
+        retained = self._retained.pop(key, None) if table == ALERTS.name else None
         expected = [] if retained is None else [retained]
         self._corrections.replace_projected(table, self._columns[table], rows, expected)
 
     def report_missing(self, _key: MessageKey, row: Row) -> None:
-        self._corrections.replace_projected(ALERTS_TABLE, self._columns[ALERTS_TABLE], [], [row])
+        self._corrections.replace_projected(ALERTS.name, self._columns[ALERTS.name], [], [row])
 
 
 class _Corrections:
@@ -169,9 +167,9 @@ class _Corrections:
         width = len(expected[0]) if expected else len(columns)
         before, after = Counter(row[:width] for row in stored), Counter(expected)
         self.counts[table] += max((before - after).total(), (after - before).total())
-        key = ("device", "log", "seq", *_INDEXED_COLUMNS.get(table, ()))
-        source = " AND source = 'device'" if table in SHARED_TABLES else ""
-        if table == ALERTS_TABLE and stored and expected:
+        key = ("device", "log", "seq", *PROJECTED[table].indexed)
+        source = " AND source = 'device'" if table in SHARED else ""
+        if table == ALERTS.name and stored and expected:
             # Notifications go on behind the last rowid that they saw, so a corrected alert keeps its own.
             assignments = ", ".join(f'"{name}" = ?' for name in columns[:width])
             where, values = _match(columns, key, stored[0])
@@ -185,17 +183,17 @@ class _Corrections:
     def replace_gathered(self, difference: RowDifference) -> None:
         """Replace a row that several messages gave."""
         table = difference.table
-        width, columns = GATHERED_TABLES[table]
+        columns, width = COMPARED[table], len(GATHERED[table].key)
         self.counts[table] += 1
         if difference.stored is not None:
             where, values = _match(columns, columns[:width], difference.stored)
             self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
         if difference.derived is not None:
-            self._insert(table, [_to_flags(columns, difference.derived)])
+            self._insert(table, [_to_flags(table, difference.derived)])
 
     def correct_logs(self, differences: Sequence[RowDifference], replay: Replay) -> None:
         """Correct rows of table logs in place: their order is that of arrival, by which the newest log is found."""
-        width, columns = GATHERED_TABLES["logs"]
+        columns, width = COMPARED[LOGS.name], len(LOGS.key)
         assignments = ", ".join(f"{name} = ?" for name in columns[width:])
         missing = []
         for difference in differences:
@@ -206,7 +204,7 @@ class _Corrections:
             elif difference.stored is None:
                 missing.append(difference.derived)
             else:
-                values = _to_flags(columns, difference.derived)[width:]
+                values = _to_flags(LOGS.name, difference.derived)[width:]
                 self._db.execute(f"UPDATE logs SET {assignments} WHERE {where}", (*values, *key))
         for device in sorted({device for device, *_ in missing}):
             rows = [tuple(row) for row in self._db.execute(_LOGS, (device,))]
@@ -219,7 +217,7 @@ class _Corrections:
     def finish(self) -> None:
         for table in [*self._inserts]:
             self._write(table)
-        if self.counts[ALERTS_TABLE]:
+        if self.counts[ALERTS.name]:
             self._db.execute(_MOVE_CURSOR)
 
     def _insert(self, table: str, rows: list[Row]) -> None:
@@ -229,9 +227,9 @@ class _Corrections:
 
     def _write(self, table: str) -> None:
         rows = self._inserts.pop(table, [])
-        if rows and table in GATHERED_TABLES:
+        if rows and table in GATHERED:
             # In the order of the replay's columns, which is not that of the table.
-            _, columns = GATHERED_TABLES[table]
+            columns = COMPARED[table]
             names, places = ", ".join(f'"{name}"' for name in columns), ", ".join("?" * len(columns))
             self._db.executemany(f"INSERT INTO {table} ({names}) VALUES ({places})", rows)
         elif rows:
@@ -251,6 +249,7 @@ def _match(columns: Sequence[str], key: Sequence[str], row: Row) -> tuple[str, R
     return " AND ".join(conditions), tuple(values)
 
 
-def _to_flags(columns: Sequence[str], row: Row) -> Row:
-    """Return a row with its flags as such; SQLite, where they were derived, has numbers."""
-    return tuple(bool(value) if name in _FLAGS else value for name, value in zip(columns, row, strict=True))
+def _to_flags(table: str, row: Row) -> Row:
+    """Return a compared row with its flags as such; SQLite, where they were derived, has numbers."""
+    types = (GATHERED[table][name].type for name in COMPARED[table])
+    return tuple(bool(value) if kind == "boolean" else value for kind, value in zip(types, row, strict=True))

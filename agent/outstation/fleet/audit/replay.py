@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import msgspec
 
 from outstation.fleet.audit.stored_rows import is_time, sort_key
 from outstation.fleet.database import gap_ledger, log_succession
-from outstation.fleet.database.alerts import ALERT_COLUMNS, INCIDENT_COLUMNS, merge_incidents
+from outstation.fleet.database.alerts import merge_incidents
 from outstation.fleet.database.gap_ledger import LogChanges, add_changes
 from outstation.fleet.database.interface import LogId, Row
-from outstation.fleet.database.projection import INCIDENTS_TABLE, PROVENANCE_TABLE, alert_rows, provenance_row
+from outstation.fleet.database.projection import alert_rows, provenance_row
+from outstation.fleet.database.schema.message_tables import ALERTS, GATHERED, INCIDENTS, RESULT_PROVENANCE, Table
 from outstation.fleet.database.sqlite import open_temporary
 from outstation.fleet.database.store import Devices, FleetStore
 from outstation.fleet.database.timestamps import TimestampReconstruction
@@ -27,40 +28,18 @@ from outstation.foundation.errors import StorageError
 from outstation.protocol.wire.messages import AlertPayload, LoggedPayload, ResultsPayload
 
 _MESSAGES_PER_COMMIT = 500
-_SOURCE = ALERT_COLUMNS.index("source")
-# Table → number of key columns, and its columns; all begin with device and log. `logs.since` and what follows from the
-# order of arrival only is not derived.
-GATHERED_TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "logs": (2, ("device", "log", "last_seq", "latest", "live")),
-    "log_successors": (4, ("device", "log", "successor", "source", "last_seq", "until")),
-    "log_ends": (2, ("device", "log", "last_seq")),
-    PROVENANCE_TABLE: (
-        2,
-        (*("device", "provenance", "task", "stream", "model", "version", "digest"), *("agent", "runtime", "config")),
-    ),
-    INCIDENTS_TABLE: (4, INCIDENT_COLUMNS),
-    "gaps": (3, ("device", "log", "first", "last", "declared")),
-    "anchors": (
-        3,
-        (
-            *("device", "log", "seq", "boot", "segment", "boot_us", "wall_us", "quality", "error_us", "step_us"),
-            "trusted",
-        ),
-    ),
-    "segments": (4, ("device", "log", "boot", "segment", "seq", "offset_us", "synced")),
-    "boots": (
-        3,
-        (
-            *("device", "log", "boot", "last_us", "trusted", "start_us"),
-            # Last, as the databases round them differently.
-            *("disagreement_us", "start_error_us"),
-        ),
-    ),
-    "stamps": (4, ("device", "log", "seq", "first", "boot", "segment", "quality", "implied")),
+_SOURCE = ALERTS.names.index("source")
+# `logs.since` follows from the order of arrival, which no message states.
+_NOT_DERIVED = frozenset({"since"})
+# PostgreSQL rounds these floats to the nearest integer, SQLite towards zero.
+_ROUNDED = frozenset({"disagreement_us", "start_error_us"})
+# Table → columns of its rows that are compared, its key first.
+COMPARED: dict[str, tuple[str, ...]] = {
+    table.name: (*table.key, *(name for name in table.names if name not in {*table.key, *_NOT_DERIVED}))
+    for table in GATHERED.values()
 }
-_ROUNDED = {"boots": 2}
 # A retention statement has the single alerts that stay, and no clocks of single results.
-_NOT_IN_STATEMENTS = ("stamps", INCIDENTS_TABLE)
+_NOT_IN_STATEMENTS = ("stamps", INCIDENTS.name)
 
 
 class RowDifference(msgspec.Struct, frozen=True):
@@ -83,7 +62,7 @@ class RowDifference(msgspec.Struct, frozen=True):
         return f"table {self.table} has {self._name_row(self.stored)}, its messages give {derived}"
 
     def _name_row(self, row: Row) -> str:
-        named = zip(GATHERED_TABLES[self.table][1][2:], row[2:], strict=True)
+        named = zip(COMPARED[self.table][2:], row[2:], strict=True)
         return ", ".join(f"{name} {value!r}" for name, value in named)
 
 
@@ -111,13 +90,13 @@ class Replay:
         """Add the rows that pruned messages gave, and their alerts that are still open."""
         merge_incidents(self.db, alerts)
         for table, rows in tables.items():
-            if rows and table in GATHERED_TABLES:
+            if rows and table in GATHERED:
                 self.db.bulk_insert(table, [tuple(row) for row in rows])
 
     def dump(self) -> dict[str, list[list[Any]]]:
         """Return all rows by table, as a retention statement has them."""
         self.flush()
-        tables = [table for table in GATHERED_TABLES if table not in _NOT_IN_STATEMENTS]
+        tables = [table for table in GATHERED if table not in _NOT_IN_STATEMENTS]
         return {table: [[*row] for row in self.db.execute(f"SELECT * FROM {table}")] for table in tables}
 
     def log_ends(self) -> dict[tuple[Any, Any], int]:
@@ -133,7 +112,7 @@ class Replay:
     def forget(self, device: str) -> None:
         """Drop what the messages of a device gave."""
         self.flush()
-        for table in (*GATHERED_TABLES, "audited"):
+        for table in (*GATHERED, "audited"):
             self.db.execute(f"DELETE FROM {table} WHERE device = ?", (device,))
 
     def compare(self, store: FleetStore, devices: Devices, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
@@ -141,7 +120,7 @@ class Replay:
         for difference in self.find_differences(store, devices):
             device, log, number, *_ = difference.row
             if device not in broken:
-                _, columns = GATHERED_TABLES[difference.table]
+                columns = COMPARED[difference.table]
                 yield (device, log, number if columns[2] in ("seq", "first") else None), difference.describe()
 
     def find_differences(self, store: FleetStore, devices: Devices) -> Iterator[RowDifference]:
@@ -149,11 +128,11 @@ class Replay:
         self.flush()
         self._apply_operators_words(store, devices)
         self._merge_collector_alerts(store, devices)
-        for table, (key_width, columns) in GATHERED_TABLES.items():
-            order = ", ".join(columns[:key_width])
-            derived = self.db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
-            stored = store.derived_rows(table, columns, order, devices)
-            yield from _compare_tables(table, key_width, stored, derived)
+        for name, table in GATHERED.items():
+            columns, order = COMPARED[name], ", ".join(table.key)
+            derived = self.db.execute(f"SELECT {', '.join(columns)} FROM {name} ORDER BY {order}")
+            stored = store.derived_rows(name, columns, order, devices)
+            yield from _compare_tables(table, stored, derived)
 
     def _apply_operators_words(self, store: FleetStore, devices: Devices) -> None:
         """End the logs that an operator ended: no signed message says so, only the stored row."""
@@ -168,7 +147,7 @@ class Replay:
 
     def _merge_collector_alerts(self, store: FleetStore, devices: Devices) -> None:
         """Add the incidents of alerts that the collector raised, which no device signs."""
-        stored = store.derived_rows("alerts", ALERT_COLUMNS, "device, log, seq, source", devices)
+        stored = store.derived_rows("alerts", ALERTS.names, "device, log, seq, source", devices)
         # The replay raised alerts of two logs at once, too, at other times.
         self.db.execute("DELETE FROM incidents WHERE source = 'collector'")
         # A damaged row gives no incident.
@@ -188,7 +167,7 @@ class Replay:
         try:
             # Else each row is a transaction of its own.
             self.db.execute("BEGIN")
-            self.db.insert_missing(PROVENANCE_TABLE, [*provenance])
+            self.db.insert_missing(RESULT_PROVENANCE.name, [*provenance])
             timestamps.finish()
             gap_ledger.apply(self.db, changes)
             alerts = [body for body, _ in self._bodies if isinstance(body, AlertPayload)]
@@ -223,11 +202,10 @@ def _is_utf8(value: Any) -> bool:
         return False
 
 
-def _compare_tables(
-    table: str, key_width: int, stored: Iterator[Row], derived: Iterator[Row]
-) -> Iterator[RowDifference]:
-    """Compare two tables in the order of their keys."""
-    rounded = _ROUNDED.get(table, 0)
+def _compare_tables(table: Table, stored: Iterator[Row], derived: Iterator[Row]) -> Iterator[RowDifference]:
+    """Compare the rows of a table in the order of its key."""
+    key_width = len(table.key)
+    rounded = [name in _ROUNDED for name in COMPARED[table.name]]
     ours, theirs = next(derived, None), next(stored, None)
     while ours is not None or theirs is not None:
         if ours == theirs:
@@ -236,26 +214,22 @@ def _compare_tables(
         our_key = None if ours is None else sort_key(ours[:key_width])
         their_key = None if theirs is None else sort_key(theirs[:key_width])
         if ours is not None and (their_key is None or (our_key is not None and our_key < their_key)):
-            yield RowDifference(table, None, ours)
+            yield RowDifference(table.name, None, ours)
             ours = next(derived, None)
         elif theirs is not None and (our_key is None or (their_key is not None and their_key < our_key)):
-            yield RowDifference(table, theirs, None)
+            yield RowDifference(table.name, theirs, None)
             theirs = next(stored, None)
         elif ours is not None and theirs is not None:
             if not _is_equal(ours, theirs, rounded):
-                yield RowDifference(table, theirs, ours)
+                yield RowDifference(table.name, theirs, ours)
             ours, theirs = next(derived, None), next(stored, None)
 
 
-def _is_equal(derived: Row, stored: Row, rounded: int) -> bool:
-    exact = len(derived) - rounded
-    if derived[:exact] != stored[:exact]:
-        return False
-    for a, b in zip(derived[exact:], stored[exact:], strict=True):
-        # PostgreSQL rounds a float to the nearest integer, SQLite towards zero.
-        if a != b and not (type(a) is int and type(b) is int and abs(a - b) <= 1):
-            return False
-    return True
+def _is_equal(derived: Row, stored: Row, rounded: Sequence[bool]) -> bool:
+    return all(
+        a == b or (is_rounded and type(a) is type(b) is int and abs(a - b) <= 1)
+        for a, b, is_rounded in zip(derived, stored, rounded, strict=True)
+    )
 
 
 def keep_devices(file: Path, names: Container[Any]) -> None:
@@ -263,5 +237,5 @@ def keep_devices(file: Path, names: Container[Any]) -> None:
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         devices = [device for (device,) in db.execute("SELECT DISTINCT device FROM audited")]
         db.executemany("DELETE FROM audited WHERE device = ?", [(name,) for name in devices if name not in names])
-        for table in GATHERED_TABLES:
+        for table in GATHERED:
             db.execute(f"DELETE FROM {table} WHERE device NOT IN (SELECT device FROM audited)")

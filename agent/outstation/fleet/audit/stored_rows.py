@@ -9,7 +9,8 @@ from operator import itemgetter
 from typing import Any
 
 from outstation.fleet.database.interface import Row
-from outstation.fleet.database.projection import ALERTS_TABLE, RESULTS_TABLE, TABLES, TableRows
+from outstation.fleet.database.projection import TableRows
+from outstation.fleet.database.schema.message_tables import ALERTS, PROJECTED, RESULTS
 from outstation.fleet.database.store import Devices, FleetStore
 from outstation.foundation import clock
 
@@ -29,7 +30,7 @@ class StoredTables:
         """`retained`: rows of table alerts that stayed although their messages were pruned."""
         self._report, self._retained = report, retained or {}
         self._tables = [
-            _TableReader(table, *store.projected_rows(table, devices), self._accept_orphans) for table in TABLES
+            _TableReader(table, *store.projected_rows(table, devices), self._accept_orphans) for table in PROJECTED
         ]
 
     def read(self, key: MessageKey) -> TableRows:
@@ -45,7 +46,7 @@ class StoredTables:
         """Yield how the rows that were read differ from those that the message gives."""
         if stored == expected:
             return
-        for table in TABLES:
+        for table in PROJECTED:
             if problem := describe_difference(table, stored.get(table, []), expected.get(table, [])):
                 yield problem
 
@@ -62,11 +63,11 @@ class StoredTables:
 
     def report_orphans(self, table: str, key: MessageKey, rows: list[Row]) -> None:
         """Report the rows of a message that is not stored."""
-        noun = "results" if table == RESULTS_TABLE else "rows"
+        noun = "results" if table == RESULTS.name else "rows"
         self._report(key, f"is not stored, but table {table} has {len(rows)} {noun} of it")
 
     def _accept_orphans(self, table: str, key: MessageKey, rows: list[Row]) -> None:
-        retained = self._retained.get(key) if table == ALERTS_TABLE else None
+        retained = self._retained.get(key) if table == ALERTS.name else None
         if retained is not None and [row[: len(retained)] for row in rows] == [retained]:
             del self._retained[key]
         else:
@@ -75,7 +76,7 @@ class StoredTables:
 
 def describe_difference(table: str, stored: list[Row], expected: list[Row]) -> str | None:
     """Return how a message's rows of one table differ from those that it gives; None if they are the same."""
-    if table == RESULTS_TABLE and len(stored) != len(expected):
+    if table == RESULTS.name and len(stored) != len(expected):
         return f"reports {len(expected)} results, but table results has {len(stored)} of them"
     if expected and not stored:
         return f"is missing in table {table}"
@@ -84,7 +85,7 @@ def describe_difference(table: str, stored: list[Row], expected: list[Row]) -> s
     rows = [row[:width] for row in stored]
     if rows == expected or (len(rows) == len(expected) and sorted(rows, key=repr) == sorted(expected, key=repr)):
         return None
-    if table != RESULTS_TABLE:
+    if table != RESULTS.name:
         return f"differs from its rows in table {table}"
     different = [result for result in expected if result not in rows]
     return f"differs from table results in row {(different or expected)[0][2]}"

@@ -5,36 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 from operator import itemgetter
 
 from outstation.fleet.database.interface import Connection, IncidentKey, Row
+from outstation.fleet.database.schema import message_tables
+from outstation.fleet.database.schema.message_tables import INCIDENTS
 from outstation.protocol.alerts.alert import Alert, AlertKind
 from outstation.protocol.alerts.kinds import FLEET_DRIFT, FLEET_REFERENCE, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS
 from outstation.protocol.wire.messages import LoggedPayload
 
-ALERT_COLUMNS = (
-    *("device", "task", "alert", "subject", "state", "severity", "summary", "time", "id", "source", "log", "seq"),
-    "revision",
-)
-_INSERT_ALERT = f"INSERT INTO alerts ({', '.join(ALERT_COLUMNS)}) VALUES (?{', ?' * 12}) ON CONFLICT DO NOTHING"
+_INSERT_ALERT = f"INSERT INTO alerts VALUES (?{', ?' * (len(message_tables.ALERTS.names) - 1)}) ON CONFLICT DO NOTHING"
 
-# Columns of table incidents: its key and name, then those of the newest message, of the newest that raised it and of
-# the newest that began it. The first of each group decides.
-_KEY = ("device", "log", "id", "source", "ref")
-_GROUPS = (
-    ("seq", "state", "updated", "last_summary"),
-    ("raised_seq", "task", "alert", "subject", "severity", "summary", "revision"),
-    ("began_seq", "raised"),
-)
-INCIDENT_COLUMNS = (*_KEY, *(column for group in _GROUPS for column in group))
+# Columns of the newest message, of the newest that raised it and of the newest that began it: the first of each group
+# decides.
+_DECIDING = ("seq", "raised_seq", "began_seq")
+_STARTS = [*map(INCIDENTS.names.index, _DECIDING), len(INCIDENTS.names)]
 _MERGED = ", ".join(
-    f"{column} = CASE WHEN excluded.{group[0]} > incidents.{group[0]} THEN excluded.{column}"
+    f"{column} = CASE WHEN excluded.{deciding} > incidents.{deciding} THEN excluded.{column}"
     f" ELSE incidents.{column} END"
-    for group in _GROUPS
-    for column in group
+    for deciding, (start, end) in zip(_DECIDING, pairwise(_STARTS), strict=True)
+    for column in INCIDENTS.names[start:end]
 )
 _MERGE_INCIDENT = f"""
-    INSERT INTO incidents ({", ".join(INCIDENT_COLUMNS)}) VALUES (?{", ?" * (len(INCIDENT_COLUMNS) - 1)})
+    INSERT INTO incidents VALUES (?{", ?" * (len(INCIDENTS.names) - 1)})
     ON CONFLICT (device, log, id, source) DO UPDATE SET {_MERGED}"""
 
 # An incident is open while its newest message raised it. Only logs that live count: a store that was lost cannot clear

@@ -15,14 +15,8 @@ from outstation.fleet.database import gap_ledger, key_table, log_succession
 from outstation.fleet.database.alerts import add_alerts, merge_incidents, message_alert_row
 from outstation.fleet.database.gap_ledger import LogChanges
 from outstation.fleet.database.interface import Connection, LogId, Row
-from outstation.fleet.database.projection import (
-    ALERTS_TABLE,
-    PROVENANCE_TABLE,
-    RESULT_MESSAGES_TABLE,
-    TableRows,
-    project_message,
-    provenance_row,
-)
+from outstation.fleet.database.projection import TableRows, project_message, provenance_row
+from outstation.fleet.database.schema.message_tables import ALERTS, RESULT_MESSAGES, RESULT_PROVENANCE
 from outstation.fleet.database.timestamps import TimestampReconstruction
 from outstation.protocol.alerts.kinds import ROTATION_REFUSED, SIGNED_TWICE
 from outstation.protocol.wire import key_rotation
@@ -101,7 +95,7 @@ class IngestBatch:
             if rows:
                 self._db.bulk_insert(table, rows)
         self._db.lock_devices({*self._live_devices, *self._states, *(device for device, _ in self._log_changes)})
-        self._db.insert_missing(PROVENANCE_TABLE, [*self._provenance.values()])
+        self._db.insert_missing(RESULT_PROVENANCE.name, [*self._provenance.values()])
         self._timestamps.finish()
         for message, problem in key_table.rotate(self._db, self._rotations, self._now):
             if isinstance(message.body, LoggedPayload):
@@ -109,7 +103,7 @@ class IngestBatch:
         key_table.require_active(self._db, self._signers)
         gap_ledger.apply(self._db, self._log_changes)
         log_succession.apply(self._db, self._log_changes, self._now)
-        if alerts := self._rows.get(ALERTS_TABLE):
+        if alerts := self._rows.get(ALERTS.name):
             merge_incidents(self._db, alerts)
         # The last state to arrive counts: the broker keeps the order of one topic, a device's clock may not.
         self._db.executemany(_UPDATE_STATE, [(state, device) for device, state in sorted(self._states.items())])
@@ -163,7 +157,7 @@ class IngestBatch:
         project_message(message, self._rows)
         if isinstance(body, ResultsPayload):
             # The first message of those that share it is enough.
-            device, *_, provenance = self._rows[RESULT_MESSAGES_TABLE][-1]
+            device, *_, provenance = self._rows[RESULT_MESSAGES.name][-1]
             if (device, provenance) not in self._provenance:
                 self._provenance[device, provenance] = provenance_row(body)
         self._timestamps.add(body, self._now)

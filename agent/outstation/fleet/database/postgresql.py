@@ -12,9 +12,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from outstation.fleet.database import postgresql_schema
 from outstation.fleet.database.interface import Cursor, Row, TransactionConflict, Values, display_name
 from outstation.fleet.database.postgresql_rows import PostgresqlConnection, to_psycopg
+from outstation.fleet.database.schema import translation
 from outstation.foundation.errors import StorageBusy, StorageError, StorageFull, UsageError
 from outstation.foundation.extras import install_command
 
@@ -71,12 +71,12 @@ class PostgresqlDatabase:
                     problem = f"its encoding is {encoding}; create the database with ENCODING 'UTF8'"
                     raise UsageError(f"{self.name}: {problem}")
                 if read_only:
-                    postgresql_schema.require_current(self._raw, self.name)
+                    translation.require_current(self._raw, self.name)
                 else:
                     if _read_setting(self._raw, "fsync") == "off":
                         problem = "fsync is off; a power failure of the server can lose acknowledged messages"
                         logger.warning("%s: %s", self.name, problem)
-                    postgresql_schema.migrate(self._raw, self.name, partitions)
+                    translation.migrate(self._raw, self.name, partitions)
             except BaseException:
                 self.close()
                 raise

@@ -1,7 +1,7 @@
 """Projection: the rows that each kind of message adds to the tables.
 
-A new kind adds an entry to `PROJECTIONS` and its table to `schema`. The functions are pure; a message without a valid
-content for a table adds no row there, and stays evidence.
+A new kind adds an entry to `PROJECTIONS` and its table to `message_tables`. The functions are pure; a message without
+a valid content for a table adds no row there, and stays evidence.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import msgspec
 
 from outstation.fleet.database.interface import Row
+from outstation.fleet.database.schema import message_tables
+from outstation.fleet.database.schema.message_tables import Table
 from outstation.foundation import decoders
 from outstation.protocol.wire import runs
 from outstation.protocol.wire.desired_state import Digest, Name, Phase, Strategy, Version
@@ -38,10 +40,6 @@ from outstation.protocol.wire.verification import VerifiedMessage
 ROLLOUT_EVENT = "rollout"
 # Events of audit messages about the reference that a device learned or an operator accepted.
 LEARNED_EVENT, ACCEPTED_EVENT = "learned", "reference accepted"
-RESULTS_TABLE = "results"
-DETAILS_TABLE, RESULT_MESSAGES_TABLE = "result_details", "result_messages"
-PROVENANCE_TABLE = "result_provenance"
-ALERTS_TABLE, INCIDENTS_TABLE = "alerts", "incidents"
 _MAX_REASON = 64
 # A message of a megabyte must not become a hundred: the name of a column is repeated with each result.
 _MAX_OUTPUTS, _MAX_OUTPUT_NAME = 1024, 128
@@ -50,7 +48,7 @@ _MAX_OUTPUT_BYTES, _MAX_NUMBER_BYTES = 1 << 24, 24
 _OUTPUT_NAMES = ("value_", "score_", "label_")
 _OUTPUT_PREFIXES = tuple(f'"{name}'.encode() for name in _OUTPUT_NAMES)
 
-# Table → rows, with columns in the order of `schema`.
+# Name of a table → rows, with values in the order of its columns.
 TableRows = dict[str, list[Row]]
 
 
@@ -98,14 +96,14 @@ class LearnedReference(msgspec.Struct, frozen=True):
 class Projection(msgspec.Struct, frozen=True):
     """The rows of one table that a message of one kind adds: `build(body, payload)`."""
 
-    table: str
+    table: Table
     build: Callable[[Any, bytes], Iterable[Row]]
 
 
 def project_message(message: VerifiedMessage, rows: TableRows) -> None:
     """Add the rows of one message to `rows`."""
     for projection in PROJECTIONS.get(type(message.body), ()):
-        rows.setdefault(projection.table, []).extend(projection.build(message.body, message.payload))
+        rows.setdefault(projection.table.name, []).extend(projection.build(message.body, message.payload))
 
 
 def _result_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
@@ -260,21 +258,20 @@ def _to_json(value: Any) -> str:
 
 PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
     ResultsPayload: (
-        Projection(RESULTS_TABLE, _result_rows),
-        Projection(DETAILS_TABLE, _detail_rows),
-        Projection(RESULT_MESSAGES_TABLE, _result_message_rows),
+        Projection(message_tables.RESULTS, _result_rows),
+        Projection(message_tables.RESULT_DETAILS, _detail_rows),
+        Projection(message_tables.RESULT_MESSAGES, _result_message_rows),
     ),
-    DriftPayload: (Projection("drift_windows", _drift_rows),),
-    AlertPayload: (Projection(ALERTS_TABLE, alert_rows),),
-    QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),
-    ShadowPayload: (Projection("shadows", _shadow_rows),),
-    SamplesPayload: (Projection("samples", _sample_rows),),
+    DriftPayload: (Projection(message_tables.DRIFT_WINDOWS, _drift_rows),),
+    AlertPayload: (Projection(message_tables.ALERTS, alert_rows),),
+    QualityPayload: (
+        Projection(message_tables.QUALITY_MESSAGES, _quality_rows),
+        Projection(message_tables.METRICS, _metric_rows),
+    ),
+    ShadowPayload: (Projection(message_tables.SHADOWS, _shadow_rows),),
+    SamplesPayload: (Projection(message_tables.SAMPLES, _sample_rows),),
     AuditPayload: (
-        Projection("rollout_devices", _phase_rows),
-        Projection("learned_references", _reference_rows),
+        Projection(message_tables.ROLLOUT_DEVICES, _phase_rows),
+        Projection(message_tables.LEARNED_REFERENCES, _reference_rows),
     ),
 }
-
-TABLES = tuple(projection.table for projections in PROJECTIONS.values() for projection in projections)
-# These tables also have rows of the collector itself.
-SHARED_TABLES = frozenset({ALERTS_TABLE, "metrics"})

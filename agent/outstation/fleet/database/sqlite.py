@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outstation.fleet.database.interface import Cursor, Gap, LogId, MessageKey, Row, Values, display_name
-from outstation.fleet.database.schema import MIGRATIONS, Migration
+from outstation.fleet.database.schema.migrations import MIGRATIONS, Migration
 from outstation.foundation import input_files
 from outstation.foundation.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 

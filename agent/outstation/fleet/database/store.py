@@ -36,7 +36,7 @@ from outstation.fleet.database.interface import (
     is_postgresql,
 )
 from outstation.fleet.database.key_table import KeyMaker
-from outstation.fleet.database.projection import RESULTS_TABLE, SHARED_TABLES
+from outstation.fleet.database.schema.message_tables import RESULTS, SHARED
 from outstation.fleet.database.sqlite import SqliteDatabase
 from outstation.foundation.errors import MessageRefused, StorageDamaged, UsageError
 from outstation.protocol.wire.keys import PublicKey, parse_public_key
@@ -426,10 +426,10 @@ class FleetStore:
 
     def projected_rows(self, table: str, devices: Devices = None) -> tuple[list[str], Iterator[Row]]:
         """Return a table's columns, and each row that a message gave, in the order of `evidence`."""
-        source = "source = 'device'" if table in SHARED_TABLES else "TRUE"
+        source = "source = 'device'" if table in SHARED else "TRUE"
         condition, values = filter_devices(devices)
         where = f"{source} AND {condition}"
-        order = "device, log, seq, row, t" if table == RESULTS_TABLE else "device, log, seq"
+        order = "device, log, seq, row, t" if table == RESULTS.name else "device, log, seq"
         names = [column[0] for column in self._database.execute(f"SELECT * FROM {table} LIMIT 0").description]
         columns = self._as_stored(names)
         return names, self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)

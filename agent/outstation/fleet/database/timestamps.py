@@ -1,16 +1,8 @@
-"""Timestamp reconstruction: clock anchors of devices, and the view that estimates when each result was made.
+"""Timestamp reconstruction: clock anchors of devices, from which view `results_dated` estimates when results were made.
 
 A device with a wrong clock cannot know it at the time. An anchor states later what both of its clocks showed at one
 moment. The view does not depend on the order of arrival, and nothing signed is rewritten.
 
-`time_quality`, from best to worst, with the bound `t_error_us` on |t_best - true time|:
-- `synced`: a time service had synchronised the clock. t_best = t
-- `anchored`: a time service synchronised the clock earlier or later in the same boot. t_best = the time of that anchor
-  plus the boot-time clock in between
-- `interval`: never synchronised in this boot, but before and after it. Boots between two known times are placed end to
-  end in the middle of the free time, which keeps their order and spacing; the bound is half of the free time
-- `producer`: the producer sent the time, and not from the clock of this machine. t_best = t, without a bound
-- `unknown`: no time source is known (yet). t_best = t, without a bound
 Assumptions: the boot-time clock is accurate to 100 ppm; time services slew offsets under 1 s and step larger ones. If
 anchors of one boot contradict each other, all its bounds grow by the contradiction. An anchor ahead of the collector's
 clock at its arrival is not trusted.
@@ -23,65 +15,15 @@ from itertools import pairwise
 from typing import Any, TypeGuard
 
 from outstation.fleet.database.interface import Connection
+from outstation.fleet.database.schema.results_dated import PPM
 from outstation.foundation.clock import MAX_ERROR_US, parse_rfc3339
 from outstation.protocol.wire.messages import AuditPayload, HealthPayload, ResultsPayload
 
 CLOCK_EVENT = "clock"
-SLACK_US = 1_000_000
 _MAX_AHEAD_US = 300_000_000
 _QUALITIES = ("synced", "restored", "unsynced")
 _MAX_JSON_INT = 2**53
 _MAX_SUM_US = 4 * 10**18
-_PPM = "CAST(1e-4 AS DOUBLE PRECISION)"
-
-# One flat join with one index look-up per row and table: nested, SQLite would repeat it for each use of a column.
-RESULTS_DATED_VIEW = f"""
-CREATE VIEW results_dated AS
-SELECT device, task, row, t, label, score, value, log, seq, boot, boot_us,
-    CASE time_quality WHEN 'anchored' THEN anchored_us WHEN 'interval' THEN boot_us + start_us ELSE t END AS t_best,
-    CAST(CASE time_quality
-        WHEN 'synced' THEN coalesce(anchor_error + GREATEST(abs(anchored_us - t), disagreement_us), {MAX_ERROR_US})
-            + {SLACK_US}
-        WHEN 'anchored' THEN anchor_error + disagreement_us + {SLACK_US}
-        WHEN 'interval' THEN start_error_us + {_PPM} * boot_us + {SLACK_US}
-        END AS BIGINT) AS t_error_us,
-    time_quality, missing, outputs, faults, n, incomplete, model, version, digest, agent, runtime, config
-FROM (
-    SELECT *, boot_us + CASE WHEN before_error <= coalesce(after_error, before_error) THEN before_offset
-                        ELSE after_offset END AS anchored_us,
-           LEAST(coalesce(before_error, after_error), coalesce(after_error, before_error)) AS anchor_error,
-           CASE WHEN segment = 0 THEN 'producer'
-                WHEN quality = 0 AND coalesce(synced, 1) = 1 THEN 'synced'
-                WHEN before_error IS NOT NULL OR after_error IS NOT NULL THEN 'anchored'
-                WHEN boot_us IS NOT NULL AND start_us IS NOT NULL THEN 'interval'
-                ELSE 'unknown' END AS time_quality
-    FROM (
-        SELECT r.*, s.boot, s.segment, s.quality, r.t - g.offset_us AS boot_us, g.synced,
-               b.wall_us - b.boot_us AS before_offset, a.wall_us - a.boot_us AS after_offset,
-               b.error_us + {_PPM} * (r.t - g.offset_us - b.boot_us) AS before_error,
-               a.error_us + {_PPM} * (a.boot_us - r.t + g.offset_us) AS after_error,
-               o.disagreement_us, o.start_us, o.start_error_us,
-               d.missing, d.outputs, m.faults, m.n, m.incomplete,
-               p.model, p.version, p.digest, p.agent, p.runtime, p.config
-        FROM results r
-        LEFT JOIN result_details d
-            ON d.device = r.device AND d.log = r.log AND d.seq = r.seq AND d.row = r.row
-        LEFT JOIN result_messages m ON m.device = r.device AND m.log = r.log AND m.seq = r.seq
-        LEFT JOIN result_provenance p ON p.device = m.device AND p.provenance = m.provenance
-        LEFT JOIN stamps s ON s.device = r.device AND s.log = r.log AND s.seq = r.seq AND s.first = (
-            SELECT max(first) FROM stamps x
-            WHERE x.device = r.device AND x.log = r.log AND x.seq = r.seq AND x.first <= r.row)
-        LEFT JOIN segments g ON g.device = r.device AND g.log = r.log AND g.boot = s.boot AND g.segment = s.segment
-        LEFT JOIN boots o ON o.device = r.device AND o.log = r.log AND o.boot = s.boot
-        LEFT JOIN anchors b ON b.device = r.device AND b.log = r.log AND b.seq = (
-            SELECT seq FROM anchors x WHERE x.trusted AND x.device = r.device AND x.log = r.log AND x.boot = s.boot
-            AND x.boot_us <= r.t - g.offset_us ORDER BY x.boot_us DESC LIMIT 1)
-        LEFT JOIN anchors a ON a.device = r.device AND a.log = r.log AND a.seq = (
-            SELECT seq FROM anchors x WHERE x.trusted AND x.device = r.device AND x.log = r.log AND x.boot = s.boot
-            AND x.boot_us >= r.t - g.offset_us ORDER BY x.boot_us LIMIT 1)
-    ) looked_up
-) placed
-"""
 
 _EXTEND_BOOT = """
     INSERT INTO boots (device, log, boot, last_us) VALUES (?, ?, ?, ?)
@@ -109,7 +51,7 @@ _IMPLY_SEGMENTS = """
 _UPDATE_BOOT_DISAGREEMENT = f"""
     UPDATE boots SET trusted = TRUE, disagreement_us = (
         SELECT CAST(GREATEST(0, max(wall_us - boot_us - error_us) - min(wall_us - boot_us + error_us)
-                    - {_PPM} * (max(boot_us) - min(boot_us))) AS BIGINT)
+                    - {PPM} * (max(boot_us) - min(boot_us))) AS BIGINT)
         FROM anchors a
         WHERE trusted AND a.device = boots.device AND a.log = boots.log AND a.boot = boots.boot)
     WHERE device = ? AND log = ? AND boot = ?
@@ -125,11 +67,11 @@ _NEIGHBOUR_BOOTS = """
 _INTERPOLATE_BOOTS = f"""
     WITH low AS (
         SELECT a.wall_us + o.last_us - a.boot_us AS at,
-               a.error_us + {_PPM} * abs(o.last_us - a.boot_us) + o.disagreement_us AS error
+               a.error_us + {PPM} * abs(o.last_us - a.boot_us) + o.disagreement_us AS error
         FROM boots o JOIN anchors a ON a.trusted AND a.device = o.device AND a.log = o.log AND a.boot = o.boot
         WHERE o.device = :device AND o.log = :log AND o.boot = :low ORDER BY a.boot_us DESC LIMIT 1
     ), high AS (
-        SELECT a.wall_us - a.boot_us AS at, a.error_us + {_PPM} * a.boot_us + o.disagreement_us AS error
+        SELECT a.wall_us - a.boot_us AS at, a.error_us + {PPM} * a.boot_us + o.disagreement_us AS error
         FROM boots o JOIN anchors a ON a.trusted AND a.device = o.device AND a.log = o.log AND a.boot = o.boot
         WHERE o.device = :device AND o.log = :log AND o.boot = :high ORDER BY a.boot_us LIMIT 1
     ), between_them AS (
@@ -138,7 +80,7 @@ _INTERPOLATE_BOOTS = f"""
         FROM boots WHERE device = :device AND log = :log AND boot > :low AND boot < :high
     ), placed AS (
         SELECT boot, low.at + earlier + (high.at - low.at - total) / 2 AS start_us,
-               CAST(abs(high.at - low.at - total) / 2 + low.error + high.error + {_PPM} * total AS BIGINT) AS error
+               CAST(abs(high.at - low.at - total) / 2 + low.error + high.error + {PPM} * total AS BIGINT) AS error
         FROM between_them, low, high
     )
     UPDATE boots SET start_us = placed.start_us, start_error_us = placed.error FROM placed

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from outstation.fleet.database.interface import Row
-from outstation.fleet.database.projection import PROJECTIONS, RESULT_MESSAGES_TABLE, provenance_row, result_details
+from outstation.fleet.database.projection import PROJECTIONS, provenance_row, result_details
+from outstation.fleet.database.schema.message_tables import (
+    ALERTS,
+    DRIFT_WINDOWS,
+    METRICS,
+    RESULT_DETAILS,
+    RESULT_MESSAGES,
+    RESULT_PROVENANCE,
+    RESULTS,
+    ROLLOUT_DEVICES,
+    SHADOWS,
+    Column,
+    ColumnType,
+)
 from outstation.foundation import clock
 from outstation.foundation.errors import UsageError
 from outstation.foundation.extras import install_command
@@ -30,17 +43,8 @@ _MAX_DAYS_BEFORE, _MAX_DAYS_AFTER = 366, 1
 NO_DAY = "__HIVE_DEFAULT_PARTITION__"
 _ROWS_PER_ARRAY = 50_000
 
-# text: dictionary of strings; json: string; rfc3339 and epoch_us: timestamp; the others as their names say.
-ColumnType = Literal["text", "json", "integer", "real", "rfc3339", "epoch_us", "outputs", "names"]
 # (kind, day or `NO_DAY`)
 Partition = tuple[str, str]
-
-
-class Column(msgspec.Struct, frozen=True):
-    name: str
-    type: ColumnType
-    meaning: str
-    unit: str = ""
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -54,147 +58,23 @@ class Kind(msgspec.Struct, frozen=True):
         return [column.name for column in self.columns]
 
 
-_DEVICE = Column("device", "text", "the device that signed")
-_TASK = Column("task", "text", "task on the device")
-_FAULTS = Column("faults", "names", "fields with a sensor fault meanwhile")
-_TIME = Column("time", "rfc3339", "the device's clock when it signed", "us")
-_PLACE = (
-    Column("log", "text", "log of the message"),
-    Column("seq", "integer", "number of the message in its log"),
-)
-_ROWS = (
-    Column("rows_first", "integer", "first row of the stream that the message covers"),
-    Column("rows_last", "integer", "last row of the stream that the message covers"),
-)
-_PROVENANCE = (
-    Column("stream", "text", "stream of readings"),
-    Column("model", "text", "name of the bundle"),
-    Column("version", "text", "version of the bundle"),
-    Column("digest", "text", "digest of the bundle"),
-    Column("agent", "text", "version of the agent"),
-    Column("runtime", "text", "name and version of the TFLite runtime"),
-    Column("config", "text", "digest of the task's config"),
-)
+_PROVENANCE = RESULT_PROVENANCE.columns[RESULT_PROVENANCE.names.index("stream") :]
+_DETAILS = (RESULT_DETAILS["missing"], RESULT_DETAILS["outputs"])
+_FAULTS, _TASK, _TIME = RESULT_MESSAGES["faults"], RESULTS["task"], ALERTS["time"]
 
-# The first columns of each kind are those of the table of that name, in its order.
+# The columns of the table of that name, and those of other tables about the same rows.
 KINDS: dict[str, Kind] = {
-    "results": Kind(
-        "t",
-        (
-            *(_DEVICE, _TASK),
-            Column("row", "integer", "last row of the result's window"),
-            Column("t", "epoch_us", "time of that row, as signed", "us"),
-            Column("label", "text", "predicted label"),
-            Column("score", "real", "score of the label", "1"),
-            Column("value", "real", "predicted value, in the model's unit"),
-            *_PLACE,
-            Column("missing", "real", "share of the input that was missing", "1"),
-            Column("outputs", "outputs", "further outputs: value_NAME in the model's unit, score_LABEL, label_NAME"),
-            _FAULTS,
-            *_PROVENANCE,
-        ),
-    ),
-    "result_messages": Kind(
-        "time",
-        (
-            *(_DEVICE, *_PLACE, *_ROWS),
-            Column("n", "integer", "results, also those that the message does not list"),
-            Column("incomplete", "integer", "results that missed more input than the bundle allows"),
-            *(_FAULTS, _TIME, _TASK, *_PROVENANCE),
-        ),
-    ),
-    "drift_windows": Kind(
-        "to",
-        (
-            *(_DEVICE, _TASK),
-            Column("window", "integer", "index of the first drift window"),
-            Column("window_count", "integer", "drift windows in the message"),
-            Column("first", "integer", "first row of the stream"),
-            Column("last", "integer", "last row of the stream"),
-            Column("from", "rfc3339", "begin of the first window", "us"),
-            Column("to", "rfc3339", "end of the last window", "us"),
-            Column("n", "integer", "rows in the windows"),
-            Column("state", "text", "ok, drift, fault or insufficient"),
-            Column("model", "text", "name of the bundle"),
-            Column("version", "text", "version of the bundle"),
-            Column("reference", "json", "digests of the references, JSON"),
-            Column("features", "json", "tests and sums of each field, JSON"),
-            Column("output", "json", "tests of the output, JSON"),
-            Column("joint", "json", "tests of all fields together, JSON"),
-            Column("estimate", "json", "estimated accuracy, JSON"),
-            Column("windows", "json", "columns of a run of quiet windows, JSON"),
-            *_PLACE,
-        ),
-    ),
-    "alerts": Kind(
-        "time",
-        (
-            *(_DEVICE, _TASK),
-            Column("alert", "text", "kind of alert"),
-            Column("subject", "text", "what it is about, such as a field"),
-            Column("state", "text", "raised or cleared"),
-            Column("severity", "text", "info, warning or critical"),
-            Column("summary", "json", "sentence for people"),
-            _TIME,
-            Column("id", "text", "the alert, over its messages"),
-            Column("source", "text", "device"),
-            *_PLACE,
-            Column("revision", "integer", "grows while the alert is open"),
-        ),
-    ),
-    "metrics": Kind(
-        "time",
-        (
-            *(_DEVICE, _TASK, _TIME),
-            Column("metric", "text", "name of the metric"),
-            Column("slice", "text", "part of the results; empty for all"),
-            Column("value", "real", "the metric"),
-            Column("low", "real", "lower end of its 95 % interval"),
-            Column("high", "real", "upper end of its 95 % interval"),
-            Column("n", "integer", "labelled results"),
-            Column("state", "text", "of a slice: ok, worse or small"),
-            Column("source", "text", "device"),
-            *_PLACE,
-            Column("output", "text", "name of a further output of the model; empty for the first one"),
-        ),
-    ),
-    "shadows": Kind(
-        "time",
-        (
-            *(_DEVICE, _TASK),
-            Column("rollout", "text", "the rollout"),
-            Column("model", "text", "digest of the active bundle"),
-            Column("other", "text", "digest of the shadow"),
-            *(_TIME, *_ROWS),
-            Column("batches", "integer", "batches of the shadow"),
-            Column("n", "integer", "compared windows"),
-            Column("errors", "integer", "batches in which the shadow failed"),
-            Column("body", "json", "the message, JSON"),
-            *_PLACE,
-        ),
-    ),
-    "rollout_devices": Kind(
-        "time",
-        (
-            *(_DEVICE, _TASK),
-            Column("rollout", "text", "the rollout"),
-            Column("digest", "text", "digest of its bundle"),
-            Column("strategy", "text", "shadow, canary, all or rollback"),
-            Column("phase", "text", "phase that the device entered"),
-            Column("reason", "text", "why"),
-            Column("summary", "json", "sentence for people"),
-            Column("numbers", "json", "measured numbers, JSON"),
-            _TIME,
-            *_PLACE,
-        ),
-    ),
+    "results": Kind("t", (*RESULTS.columns, *_DETAILS, _FAULTS, *_PROVENANCE)),
+    "result_messages": Kind("time", (*RESULT_MESSAGES.columns[:-1], _TIME, _TASK, *_PROVENANCE)),
+    "drift_windows": Kind("to", DRIFT_WINDOWS.columns),
+    **{table.name: Kind("time", table.columns) for table in (ALERTS, METRICS, SHADOWS, ROLLOUT_DEVICES)},
 }
 
 # Kinds of messages that give rows.
 EXPORTED_MESSAGES = frozenset(
     str(payload.__struct_config__.tag)
     for payload, projections in PROJECTIONS.items()
-    if any(projection.table in KINDS for projection in projections)
+    if any(projection.table.name in KINDS for projection in projections)
 )
 
 
@@ -250,13 +130,13 @@ class TableBuilder:
         if filters.device not in (None, body.device):
             return
         for projection in PROJECTIONS.get(type(body), ()):
-            name = projection.table
+            name = projection.table.name
             if name not in filters.kinds:
                 continue
             rows: Iterable[Row] = projection.build(body, payload)
             if isinstance(body, ResultsPayload):
                 _, _, task, *provenance = provenance_row(body)
-                if name == RESULT_MESSAGES_TABLE:
+                if name == RESULT_MESSAGES.name:
                     rows = [(*row[:-1], body.time, task, *provenance) for row in rows]
                 else:
                     details, none = result_details(body, payload), (None, None)

@@ -18,18 +18,17 @@ from outstation.fleet.audit import pruned as statements
 from outstation.fleet.audit.audit import audit_prefix
 from outstation.fleet.audit.checkpoint import LogState
 from outstation.fleet.audit.pruned import PrunedDevice, PrunedLog, PrunedState, PrunedTable, Statement
-from outstation.fleet.database.alerts import ALERT_COLUMNS
 from outstation.fleet.database.interface import TransactionConflict
 from outstation.fleet.database.maintenance import pruning
 from outstation.fleet.database.maintenance.pruning import Removal, StatementRow
 from outstation.fleet.database.maintenance.retention import Retention
-from outstation.fleet.database.projection import DETAILS_TABLE, RESULTS_TABLE
+from outstation.fleet.database.schema.message_tables import ALERTS, RESULT_DETAILS, RESULTS
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation import clock
 from outstation.protocol.wire.keys import PublicKey, SigningKey
 
 _MAX_ATTEMPTS = 3
-_DEVICE, _LOG, _SEQ = (ALERT_COLUMNS.index(name) for name in ("device", "log", "seq"))
+_DEVICE, _LOG, _SEQ = (ALERTS.names.index(name) for name in ("device", "log", "seq"))
 
 
 class PrunedCount(msgspec.Struct, frozen=True):
@@ -127,8 +126,8 @@ class _Pruning(msgspec.Struct):
                 cut = pruning.find_cut(self.store, device, log, last_seq, target.get(log, 0), time)
                 if cut:
                     target[log] = cut
-        if RESULTS_TABLE in tables:
-            tables[DETAILS_TABLE] = dict(tables[RESULTS_TABLE])
+        if RESULTS.name in tables:
+            tables[RESULT_DETAILS.name] = dict(tables[RESULTS.name])
         return _Plan(device, messages, tables, last)
 
     def _remove(self, plan: _Plan, key: SigningKey) -> int | str:
@@ -139,7 +138,7 @@ class _Pruning(msgspec.Struct):
                 reason = audited.invalid[0]["reason"] if audited.invalid else "a message is stored twice"
                 return f"{audited.invalid_count} messages do not verify ({reason}); see `outstation fleet audit`"
             alerts = pruning.load_open_alerts(self.store, plan.device, plan.messages)
-            width = len(ALERT_COLUMNS)
+            width = len(ALERTS.names)
             retained = [[*row[:width]] for row in alerts]
             if not _are_former_alerts_intact(plan.last, retained):
                 return "an open alert whose message went was changed; see `outstation fleet audit`"

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from outstation.fleet.database.alerts import ALERT_COLUMNS, OPEN_INCIDENTS, merge_incidents
+from outstation.fleet.database.alerts import OPEN_INCIDENTS, merge_incidents
 from outstation.fleet.database.interface import Connection, Row, TransactionConflict
-from outstation.fleet.database.projection import SHARED_TABLES, TABLES
+from outstation.fleet.database.schema.message_tables import ALERTS, PROJECTED, SHARED
 from outstation.fleet.database.store import FleetStore
 
 _FIRST_NEWER = "SELECT min(seq) FROM messages WHERE device = ? AND log = ? AND seq > ? AND received >= ?"
@@ -21,7 +21,7 @@ _OPEN_ALERTS = f"""
     SELECT a.* FROM alerts a JOIN ({OPEN_INCIDENTS}) o
         ON o.device = a.device AND o.log = a.log AND o.id = a.id AND o.source = a.source AND o.seq = a.seq
     WHERE a.device = ? AND a.log = ? AND a.seq <= ? AND a.source = 'device' ORDER BY a.seq"""
-_ALERTS_OF_LOG = f"SELECT {', '.join(ALERT_COLUMNS)} FROM alerts WHERE device = ? AND log = ? AND source = 'device'"
+_ALERTS_OF_LOG = f"SELECT {', '.join(ALERTS.names)} FROM alerts WHERE device = ? AND log = ? AND source = 'device'"
 _NEWEST_STATEMENT = "SELECT max(n) FROM retention WHERE device = ?"
 _UPSERT_FLOOR = """
     INSERT INTO pruned_logs VALUES (?, ?, ?) ON CONFLICT (device, log) DO UPDATE SET through = excluded.through"""
@@ -98,7 +98,9 @@ def remove(store: FleetStore, statement: StatementRow, removal: Removal) -> int:
         db.execute("INSERT INTO retention VALUES (?, ?, ?, ?, ?, ?)", msgspec.structs.astuple(statement))
         db.executemany(_UPSERT_FLOOR, [(device, log, seq) for log, seq in removal.messages.items()])
         removed = sum(_delete(db, ("messages", "stamps"), device, removal.messages.items()))
-        removed += sum(_delete(db, [table for table in TABLES if table != "alerts"], device, removal.messages.items()))
+        removed += sum(
+            _delete(db, [table for table in PROJECTED if table != "alerts"], device, removal.messages.items())
+        )
         removed += _delete_alerts(db, device, removal)
         for table, logs in removal.tables.items():
             removed += sum(_delete(db, (table,), device, logs.items()))
@@ -107,7 +109,7 @@ def remove(store: FleetStore, statement: StatementRow, removal: Removal) -> int:
 
 def _delete(db: Connection, tables: Iterable[str], device: str, logs: Iterable[tuple[str, int]]) -> Iterator[int]:
     for table in tables:
-        source = " AND source = 'device'" if table in SHARED_TABLES else ""
+        source = " AND source = 'device'" if table in SHARED else ""
         for log, seq in logs:
             sql = f"DELETE FROM {table} WHERE device = ? AND log = ? AND seq <= ?{source}"
             yield db.execute(sql, (device, log, seq)).rowcount

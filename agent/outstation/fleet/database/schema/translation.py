@@ -1,11 +1,12 @@
-"""PostgreSQL migrations: the statements of `schema`, translated, and partitions of the large tables."""
+"""PostgreSQL migrations: the statements of `migrations`, translated, and partitions of the large tables."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
 
-from outstation.fleet.database.schema import MIGRATIONS, ROWID, Migration
+from outstation.fleet.database.schema.message_tables import ROWID, TABLES
+from outstation.fleet.database.schema.migrations import MIGRATIONS, Migration
 from outstation.foundation.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 _TYPES = {"INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA", "TEXT": 'TEXT COLLATE "C"'}
 _TYPE = re.compile(rf"(?<=\s)({'|'.join(_TYPES)})\b")
 _INSTR = "CREATE FUNCTION instr(BYTEA, BYTEA) RETURNS INTEGER LANGUAGE SQL IMMUTABLE AS 'SELECT position($2 IN $1)'"
-# The tables that grow with every message.
-_PARTITIONED_TABLES = ("messages", "results", "result_details", "result_messages")
+# `messages` and those of its tables that grow with every message.
+_PARTITIONED_TABLES = {"messages"} | {table.name for table in TABLES.values() if table.is_partitioned}
+
 
 _NEWEST_MIGRATION = "SELECT coalesce(max(number), 0) FROM migrations"
 _HAS_MIGRATIONS = "SELECT to_regclass('migrations') IS NOT NULL"
