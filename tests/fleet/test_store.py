@@ -124,7 +124,7 @@ def test_gaps_of_an_ended_log_are_declared_in_any_order(
 def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path: Path) -> None:
     path = tmp_path / "fleet.db"
     FleetStore(path).close()
-    newest = [migration.name for migration in MIGRATIONS[-3:]]
+    newest = [migration.name for migration in MIGRATIONS[2:5]]
     assert newest == ["name_output_of_metrics", "index_metrics_by_output", "name_output_of_labels"]
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("DROP TABLE labels")
