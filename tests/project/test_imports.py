@@ -324,6 +324,12 @@ def test_a_folder_holds_few_modules() -> None:
     assert {name for name, size in sizes.items() if size > MOST_MODULES} == CROWDED
 
 
+def test_columns_of_a_row_are_named() -> None:
+    number = re.compile(r"(?<![.a-z_])row\[\d+\]")
+    files = [path for suffix in ("py", "html") for path in AGENT.rglob(f"*.{suffix}")]
+    assert [path for path in files if number.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_every_module_lies_three_folders_deep_at_most() -> None:
     assert [path for path in AGENT.rglob("*.py") if len(path.relative_to(AGENT).parts) > 4] == []
 
@@ -512,6 +518,8 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
             {
                 "outstation.__main__",
                 "outstation.fleet",
+                "outstation.evidence",
+                "outstation.workbench",
                 "outstation.integrations.notify.notifier",
                 "smtplib",
                 "zoneinfo",

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -195,24 +196,25 @@ class _Corrections:
         """Correct rows of table logs in place: their order is that of arrival, by which the newest log is found."""
         columns, width = COMPARED[LOGS.name], len(LOGS.key)
         assignments = ", ".join(f"{name} = ?" for name in columns[width:])
-        missing = []
+        missing: dict[Any, list[Row]] = {}
         for difference in differences:
             self.counts["logs"] += 1
             where, key = _match(columns, columns[:width], difference.row)
             if difference.derived is None:
                 self._db.execute(f"DELETE FROM logs WHERE {where}", key)
             elif difference.stored is None:
-                missing.append(difference.derived)
+                device, *restored = difference.derived
+                missing.setdefault(device, []).append(tuple(restored))
             else:
                 values = _to_flags(LOGS.name, difference.derived)[width:]
                 self._db.execute(f"UPDATE logs SET {assignments} WHERE {where}", (*values, *key))
-        for device in sorted({device for device, *_ in missing}):
+        for device, logs in missing.items():
             rows = [tuple(row) for row in self._db.execute(_LOGS, (device,))]
-            for _, log, last_seq, latest, live in [row for row in missing if row[0] == device]:
+            for log, last_seq, latest, live in logs:
                 (since,) = self._db.execute(_ARRIVAL, (device, log)).fetchone()
                 rows.append((device, log, last_seq, since or replay.load_since(device, log), latest, bool(live)))
             self._db.execute("DELETE FROM logs WHERE device = ?", (device,))
-            self._db.bulk_insert("logs", sorted(rows, key=lambda row: row[3]))
+            self._db.bulk_insert("logs", sorted(rows, key=itemgetter(LOGS.names.index("since"))))
 
     def finish(self) -> None:
         for table in [*self._inserts]:
