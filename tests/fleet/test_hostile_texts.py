@@ -187,7 +187,7 @@ def home_assistant(site: Site) -> Iterator[str]:
             for name in ("val_tpl", "stat_t", "json_attr_t", "json_attr_tpl", "unique_id"):
                 assert not any(word in component.get(name, "") for word in ("alert(", "7*7", "HYPERLINK", "DROP"))
         documents = [json.loads(each.payload) for each in latest_documents(PLACE, state)]
-        documents += [json.loads(event_document(RAISED, alert)) for alert in state.alerts]
+        documents += [json.loads(event_document(RAISED, alert)) for alert in state.alerts.values()]
         for document in (discovery, *documents):
             yield from strings(document)
 

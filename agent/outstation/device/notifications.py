@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.store import Store
 from outstation.foundation.clock import ClockReading
 from outstation.foundation.errors import StorageError
 from outstation.integrations.notify import queue
-from outstation.integrations.notify.alert_state import AlertState
 from outstation.integrations.notify.config import DATABASE
-from outstation.protocol.alerts.kinds import TARGET_FAILS_ON_DEVICE, find_kind
+from outstation.protocol.alerts.incident import Incident
+from outstation.protocol.alerts.kinds import TARGET_FAILS_ON_DEVICE
 
 logger = logging.getLogger("outstation.notify")
 
@@ -93,7 +94,7 @@ class NotifyFile:
 
 
 class DeviceAlertSource:
-    """The alerts that the store lists, the newest thousand: an `AlertSource` of `integrations.notify.alert_state`."""
+    """The alerts that the store lists, the newest thousand: an `AlertSource` of `integrations.notify.alert_source`."""
 
     def __init__(
         self, store: Store, message_log: MessageLog, fleet: str, device: str, now: Callable[[], ClockReading]
@@ -101,22 +102,20 @@ class DeviceAlertSource:
         self._store, self._message_log, self._now = store, message_log, now
         self.fleet, self.sender = fleet, device
         self._last = 0
-        self._states: dict[str, AlertState] = {}
-        # From the newest message of each alert. A cursor that was not committed asks for the same alerts again.
-        self._numbers: dict[str, int] = {}
+        self._incidents: dict[str, Incident] = {}
 
-    def changed(self, cursor: int | None) -> tuple[int, list[AlertState]]:
+    def changed(self, cursor: int | None) -> tuple[int, list[Incident]]:
         self._read()
         if cursor is None or cursor > self._last:
             # The first start, or a store that was made anew.
             return self._last, self.open_alerts()
-        return self._last, [state for key, state in self._states.items() if self._numbers[key] > cursor]
+        return self._last, [incident for incident in self._incidents.values() if incident.seq > cursor]
 
-    def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
-        return {key: self._states[key] for key in keys if key in self._states}
+    def load(self, keys: Iterable[str]) -> dict[str, Incident]:
+        return {key: self._incidents[key] for key in keys if key in self._incidents}
 
-    def open_alerts(self) -> list[AlertState]:
-        return [state for state in self._states.values() if state.is_open]
+    def open_alerts(self) -> list[Incident]:
+        return [incident for incident in self._incidents.values() if incident.is_open]
 
     def report_target(self, target: str, problem: str | None) -> None:
         kind = TARGET_FAILS_ON_DEVICE
@@ -128,53 +127,49 @@ class DeviceAlertSource:
     def clear_target_alerts(self) -> None:
         """Clear the alerts of failing targets that are not in the file; one that still fails is notified anew."""
         self._read()
-        for state in self.open_alerts():
-            if state.alert == TARGET_FAILS_ON_DEVICE.alert:
-                self.report_target(state.subject, None)
+        for incident in self.open_alerts():
+            if incident.alert == TARGET_FAILS_ON_DEVICE.alert:
+                self.report_target(incident.subject, None)
 
     def _read(self) -> None:
-        """Read the alerts that are new, and bring the states up to date."""
+        """Read the alerts that are new."""
         while rows := self._store.alerts_after(self._last, _CHUNK):
             for number, body in rows:
                 if body.get("kept"):
                     # The stream's owner lets no alert leave.
                     continue
-                state = self._to_state(number, body)
-                self._states.pop(state.key, None)
-                self._states[state.key], self._numbers[state.key] = state, number
+                incident = self._to_incident(number, body)
+                # At the end: the oldest are forgotten first.
+                self._incidents.pop(incident.key_text, None)
+                self._incidents[incident.key_text] = incident
             self._last = rows[-1][0]
-        cleared = [key for key, state in self._states.items() if not state.is_open]
-        for key in cleared[: max(0, len(self._states) - _CHUNK)]:
-            del self._states[key], self._numbers[key]
+        cleared = [key for key, incident in self._incidents.items() if not incident.is_open]
+        for key in cleared[: max(0, len(self._incidents) - _CHUNK)]:
+            del self._incidents[key]
 
-    def _to_state(self, number: int, body: dict[str, Any]) -> AlertState:
-        task, name = body.get("task"), str(body["id"])
-        key = json.dumps([task, name])
-        kind = find_kind(body["alert"], body["subject"], name, task, from_collector=False)
-        before = self._states.get(key)
-        head = {"device": self.sender, "task": task, "alert": body["alert"], "subject": body["subject"]}
-        is_again = before is not None and before.is_open and int(body.get("revision", 1)) > 1
-        if body["state"] == "cleared":
-            raised = before.summary if before is not None else str(body["summary"])
-            return AlertState(
-                **{**head, "key": key, "seq": before.seq if before else number, "status": "cleared"},
-                severity=before.severity if before else body["severity"],
-                summary=raised,
-                raised=before.raised if before else body["time"],
-                updated=body["time"],
-                cleared_summary=str(body["summary"]),
-            )
-        return AlertState(
-            **{**head, "key": key, "seq": number, "status": "raised"},
+    def _to_incident(self, number: int, body: dict[str, Any]) -> Incident:
+        revision, time, summary = int(body.get("revision", 1)), body["time"], str(body["summary"])
+        raised = Incident(
+            status="raised",
             severity=body["severity"],
-            summary=str(body["summary"]),
-            raised=before.raised if is_again and before is not None else body["time"],
-            updated=body["time"],
-            revision=int(body.get("revision", 1)),
-            title=kind.title if kind else "",
-            action=kind.action if kind else "",
-            is_event=kind is not None and kind.is_event,
+            device=self.sender,
+            task=body.get("task"),
+            alert=body["alert"],
+            subject=body["subject"],
+            summary=summary,
+            raised=time,
+            updated=time,
+            id=str(body["id"]),
+            seq=number,
+            raised_seq=number,
+            revision=revision,
         )
+        before = self._incidents.get(raised.key_text)
+        if body["state"] == "cleared":
+            ended = {"status": "cleared", "seq": number, "updated": time, "cleared": time, "cleared_summary": summary}
+            return msgspec.structs.replace(before or raised, **ended)
+        is_again = before is not None and before.is_open and revision > 1
+        return msgspec.structs.replace(raised, raised=before.raised) if is_again and before is not None else raised
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from outstation.evidence.format.contents import (
     RETENTION_FILE,
     STAMP_PREFIX,
     WRITE_LIMITS,
-    Incident,
+    IncidentRecord,
     RetentionRecord,
     SignedMessage,
 )
@@ -214,7 +214,7 @@ def _encode_document(content: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
 
 
-def _encode_csv(incidents: Iterable[Incident]) -> bytes:
+def _encode_csv(incidents: Iterable[IncidentRecord]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(_CSV_COLUMNS)

@@ -20,6 +20,7 @@ from outstation.foundation import clock
 from outstation.foundation.backoff import Retries
 from outstation.foundation.errors import LinkDown, MessageRefused, StorageError, UsageError
 from outstation.foundation.text import printable
+from outstation.protocol.alerts.alert import SEVERITY_RANK, Alert
 from outstation.protocol.transport.broker_config import BrokerConfig
 from outstation.protocol.transport.mqtt import Link
 from outstation.protocol.transport.packets import IncomingMessage, PublishReceipt
@@ -40,20 +41,10 @@ _COLUMNS = ("device", "state", "seen", "drift", "alerts")
 _COLUMN_PRIORITY = (0, 2, 1, 3, 4)
 # Characters between columns and at both ends.
 _GAPS_WIDTH = 3 * (len(_COLUMNS) - 1) + 2
-_SEVERITIES = ("info", "warning", "critical")
 _SEVERITY_STYLES = {"info": "", "warning": "yellow", "critical": "bold red"}
 _STATE_STYLES = {"online": "green", "offline": "red", "revoked": "red", "stopped": "dim", "enrolled": "dim"}
 # Called with a function that shows the connection's state ("" when connected), yields groups of deliveries.
 DeliverySource = Callable[[Callable[[str], None]], Iterator[list[IncomingMessage]]]
-
-
-class AlertView(msgspec.Struct, frozen=True):
-    """An open alert as the table shows it."""
-
-    alert: str
-    subject: str
-    severity: str
-    summary: str
 
 
 class DeviceView(msgspec.Struct):
@@ -66,7 +57,7 @@ class DeviceView(msgspec.Struct):
     clock: str = ""
     seen_us: int | None = None
     windows: dict[str, str] = msgspec.field(default_factory=dict)
-    alerts: dict[str, AlertView] = msgspec.field(default_factory=dict)
+    alerts: dict[str, Alert] = msgspec.field(default_factory=dict)
 
 
 class VerifiedDelivery(msgspec.Struct, frozen=True):
@@ -98,8 +89,17 @@ class FleetWatcher:
         for row in store.alerts():
             # Of a device; the collector's own alerts about the fleet have none.
             if (view := self.devices.get(row["device"])) is not None and row["state"] == "raised":
-                alert = AlertView(row["alert"], row["subject"], row["severity"], row["summary"])
-                view.alerts[f"{row['source']}/{row['id']}" if row["source"] == "collector" else row["id"]] = alert
+                alert = Alert(
+                    row["alert"],
+                    row["subject"],
+                    "raised",
+                    row["severity"],
+                    row["id"],
+                    row["summary"],
+                    {},
+                    row["revision"],
+                )
+                view.alerts[f"collector/{alert.id}" if row["source"] == "collector" else alert.id] = alert
 
     def verify(self, delivery: IncomingMessage) -> VerifiedDelivery:
         try:
@@ -123,7 +123,8 @@ class FleetWatcher:
         if isinstance(body, DriftPayload):
             view.windows[body.task] = body.state
         elif isinstance(body, AlertPayload) and body.state == "raised":
-            view.alerts[body.id] = AlertView(body.alert, body.subject, body.severity, body.summary)
+            alert = Alert(body.alert, body.subject, "raised", body.severity, body.id, body.summary, {}, body.revision)
+            view.alerts[body.id] = alert
         elif isinstance(body, AlertPayload):
             view.alerts.pop(body.id, None)
         return VerifiedDelivery(delivery, message)
@@ -247,7 +248,7 @@ def _allocate_widths(longest: Sequence[int], width: int) -> list[int]:
 
 def _rank(view: DeviceView) -> int:
     """Return how urgently a device needs attention: by its worst alert, then by whether it is away."""
-    worst = max((_SEVERITIES.index(alert.severity) + 1 for alert in view.alerts.values()), default=0)
+    worst = max((SEVERITY_RANK[alert.severity] for alert in view.alerts.values()), default=0)
     return 2 * worst + (view.state != "online")
 
 
@@ -279,6 +280,6 @@ def _format_alerts(view: DeviceView) -> tuple[str, str]:
     """Return the number of open alerts and the worst of them, the newest of several."""
     if not view.alerts:
         return "", ""
-    worst = max(view.alerts.values(), key=lambda alert: _SEVERITIES.index(alert.severity))
+    worst = max(view.alerts.values(), key=lambda alert: SEVERITY_RANK[alert.severity])
     newest = [alert for alert in view.alerts.values() if alert.severity == worst.severity][-1]
     return f"{len(view.alerts)}: {newest.summary}", _SEVERITY_STYLES[worst.severity]

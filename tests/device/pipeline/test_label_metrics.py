@@ -825,7 +825,7 @@ def test_alerts_that_the_owner_keeps_leave_neither_to_home_assistant_nor_in_a_re
     assert device.sent(AlertPayload) == []
     assert len(device.store.open_alerts("tiny")) > 0
     [report] = OwnMessages(conf, device.store).poll()
-    assert report.alerts == []
+    assert report.alerts == {}
     outputs: dict[str, Any] = {"wear": {"quality": {"metrics": []}}}
     task = {"task": "tiny", "open": device.store.open_alerts("tiny"), "quality": {"metrics": []}, "outputs": outputs}
     document = {"tasks": [task], "alerts": device.store.recent_alerts(5)}

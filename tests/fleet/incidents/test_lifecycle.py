@@ -18,6 +18,7 @@ from outstation.fleet.database.store import FleetStore
 from outstation.fleet.incidents import incidents
 from outstation.fleet.incidents.incidents import IncidentFilter
 from outstation.foundation.errors import UsageError
+from outstation.protocol.alerts.incident import Status
 from outstation.protocol.alerts.kinds import KINDS, find_kind
 from outstation.workbench.testing.messages import MessageSender, SignedMessage
 
@@ -106,7 +107,7 @@ def test_statuses_are_counted_with_those_that_are_over(store: FleetStore, sender
     add(store, sender, sender.alert("x", "cleared"), sender.alert("x"), sender.alert("x", revision=2))
     add(store, sender, sender.alert("y", "cleared"))
 
-    def counts(**filters: str | None) -> dict[incidents.Status, int]:
+    def counts(**filters: str | None) -> dict[Status, int]:
         return incidents.count_statuses(store, **{"device": None, "task": None, **filters}, now=NOW)
 
     expected = {"raised": 1, "acknowledged": 1, "muted": 1, "cleared": 1}

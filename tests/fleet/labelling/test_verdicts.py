@@ -11,11 +11,12 @@ from outstation.fleet.database.evidence import EvidenceQueries
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.labelling import verdicts as table
 from outstation.fleet.database.store import FleetStore
-from outstation.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents
+from outstation.fleet.incidents.incidents import IncidentFilter, list_incidents
 from outstation.fleet.labelling import candidates, feedback_loops, labels, verdicts
 from outstation.fleet.labelling.verdicts import Judge, Judgement
 from outstation.foundation.errors import UsageError
 from outstation.ml.performance.labels import Label
+from outstation.protocol.alerts.incident import Incident
 from outstation.workbench.testing.messages import MODEL, MessageSender, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from outstation.integrations.homeassistant.device_state import MAX_TASKS, DeviceReport, DeviceState, OpenAlert
+from outstation.integrations.homeassistant.device_state import MAX_TASKS, DeviceReport, DeviceState
 from outstation.integrations.homeassistant.discovery import (
     Place,
     discovery_document,
@@ -21,6 +22,7 @@ from outstation.integrations.homeassistant.discovery import (
 from outstation.integrations.homeassistant.publisher import may_replace
 from outstation.integrations.sparkplug import sparkplug
 from outstation.integrations.sparkplug.sparkplug_payload import STRING
+from outstation.protocol.alerts.incident import Incident
 from outstation.workbench.testing.messages import TIME, MessageSender
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,7 +35,20 @@ HEALTH = {
     "tasks": {"exercise": {"row": 300}, "pump.wear": {"row": 10}},
     "units": {"pump.wear": ["mm/s"]},
 }
-ALERT = OpenAlert("warning", "exercise: ax drifts.", TIME, "exercise")
+ALERT = Incident(
+    status="raised",
+    severity="warning",
+    device="pi.01",
+    task="exercise",
+    alert="drift",
+    subject="ax",
+    summary="exercise: ax drifts.",
+    raised=TIME,
+    updated=TIME,
+    id="exercise/ax/drift/1",
+    seq=1,
+    raised_seq=1,
+)
 
 
 def state_of(device: str = "pi.01", **health: Any) -> DeviceState:
@@ -50,7 +65,7 @@ def state_of(device: str = "pi.01", **health: Any) -> DeviceState:
         sender.append("health", **{**HEALTH, **health}),
     ]  # fmt: skip
     state = DeviceState(device)
-    state.update(DeviceReport(device, "online", [message.payload for message in messages], [ALERT]))
+    state.update(DeviceReport(device, "online", [message.payload for message in messages], {"": ALERT}))
     return state
 
 
@@ -99,7 +114,9 @@ def test_a_task_that_is_removed_is_named_once_so_that_home_assistant_removes_it(
 def test_no_text_of_a_device_is_part_of_a_template_or_a_topic() -> None:
     evil = "{{ states('sensor.secret') }}\x1b[31m\u202e"
     state = state_of(agent=evil, units={"pump.wear": [evil]}, tasks={"exercise": {}, "pump.wear": {}, evil: {}})
-    state.update(DeviceReport("pi.01", "online", [], [OpenAlert("warning", evil * 100, TIME)]))
+    state.update(
+        DeviceReport("pi.01", "online", [], {"": msgspec.structs.replace(ALERT, summary=evil * 100, task=None)})
+    )
     components = json.loads(discovery_document(PLACE, state, {}))["cmps"]
     for component in components.values():
         for name in ("val_tpl", "stat_t", "json_attr_t", "json_attr_tpl", "unique_id"):

@@ -30,9 +30,10 @@ from outstation.foundation.config.quantities import Duration
 from outstation.foundation.errors import StorageError
 from outstation.integrations.notify import delivery, queue
 from outstation.integrations.notify import notifier as notifying
-from outstation.integrations.notify.alert_state import AlertSource, AlertState
+from outstation.integrations.notify.alert_source import AlertSource
 from outstation.integrations.notify.config import NotifyConfig, NotifyRoute, WebhookTarget
 from outstation.integrations.notify.notifier import Notifier, NotifierThread
+from outstation.protocol.alerts.incident import Incident
 from outstation.workbench.testing.messages import MessageSender, SignedMessage
 from outstation.workbench.testing.patience import wait_until
 from tests.integrations.notify.servers import HookServer, hook_server, is_idle
@@ -521,7 +522,7 @@ def test_each_run_of_failures_is_logged_once(
         with open_source(tmp_path / "fleet.db", "acme", needs_groups=False) as (store, source):
             changed = source.changed
 
-            def fail_later(cursor: int | None) -> tuple[int, list[AlertState]]:
+            def fail_later(cursor: int | None) -> tuple[int, list[Incident]]:
                 nonlocal left
                 left -= 1
                 if left < 0:

@@ -18,11 +18,12 @@ import msgspec
 import pytest
 
 from outstation.integrations.notify import delivery
-from outstation.integrations.notify.alert_state import AlertState
 from outstation.integrations.notify.config import AppriseTarget, EmailTarget, MqttTarget, WebhookTarget
 from outstation.integrations.notify.delivery import SendFailed, backoff_s
 from outstation.integrations.notify.message import MAX_SUBJECT, Change, Notification, compose, compose_open
 from outstation.integrations.notify.sending import find_exposed_secret, send
+from outstation.protocol.alerts.incident import Incident
+from outstation.protocol.alerts.kinds import FIELD_DRIFT
 from outstation.protocol.transport.broker_config import BrokerConfig
 from outstation.protocol.transport.mqtt import Link
 from outstation.workbench.testing.broker import MosquittoBroker
@@ -41,18 +42,27 @@ HOSTILE = [
 ]
 
 
-def alert(summary: str = "ax: the mean moved.", **changes: object) -> AlertState:
+def alert(summary: str = "ax: the mean moved.", **changes: object) -> Incident:
     time_text = "2026-11-24T22:18:01.000000Z"
-    made = AlertState(
-        *("k1", 1, "raised", "warning", "pi-07", "exercise", "drift", "ax", summary, time_text, time_text),
+    made = Incident(
+        status="raised",
+        severity="warning",
+        device="pi-07",
+        task="exercise",
+        alert="drift",
+        subject="ax",
+        summary=summary,
+        raised=time_text,
+        updated=time_text,
+        id="exercise/ax/drift/1",
+        seq=1,
+        raised_seq=1,
         ref="3f9a00112233",
-        title="Field drift",
-        action="Look at the sensor.",
     )
     return msgspec.structs.replace(made, **changes)
 
 
-def message(*alerts: AlertState) -> Notification:
+def message(*alerts: Incident) -> Notification:
     changes = [Change(each, "raised") for each in alerts or (alert(),)]
     return compose("hook", changes, sender="acme", fleet="acme", zone=UTC, now_s=1.8e9, is_digest=False)
 
@@ -76,7 +86,7 @@ def test_a_webhook_gets_a_signed_document_with_a_key_that_stays_the_same(hook: H
     document = json.loads(first.body)
     assert document["alerts"][0]["device"] == "pi-07"
     assert document["subject"] == "[warning] pi-07: ax: the mean moved."
-    assert document["alerts"][0]["action"] == "Look at the sensor."
+    assert document["alerts"][0]["action"] == FIELD_DRIFT.action
 
 
 @pytest.mark.parametrize(("status", "is_rejected"), [(500, False), (404, False), (413, True), (401, False)])
@@ -164,7 +174,7 @@ def test_mail_goes_over_tls_with_a_login(tmp_path: Path, security: str) -> None:
         assert first["Subject"] == "[warning] pi-07: ax: the mean moved."
         assert first["To"] == "eva@example.org, ada@example.org"
         assert first["Auto-Submitted"] == "auto-generated"
-        assert "What to do: Look at the sensor." in first.get_content()
+        assert f"What to do: {FIELD_DRIFT.action}" in first.get_content()
         (tmp_path / "password").write_text("wrong")
         with pytest.raises(SendFailed, match="refuses user name and password") as failed:
             send(target, message())

@@ -66,7 +66,7 @@ class ChainRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{len(self.kinds)} kinds, but {len(self.body_hashes)} body_hashes")
 
 
-class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class IncidentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Alert from the message that raised it to the message that cleared it. `device` is "" for a fleet-wide alert.
 
     `state` is "unknown" if the device's log ended while the alert was open. A device signs `raised` and `cleared`; the

@@ -20,7 +20,7 @@ from outstation.evidence.format.contents import (
     BundleComparison,
     BundleUsage,
     DecisionRecord,
-    Incident,
+    IncidentRecord,
     MessageRef,
     RunningTask,
 )
@@ -71,7 +71,7 @@ class EvidenceFacts(msgspec.Struct):
     span: ReceivedSpan
     message_count: int
     devices: list[dict[str, Any]]
-    incidents: list[Incident]
+    incidents: list[IncidentRecord]
     incident_counts: Counter[tuple[str, str]]
     incident_kinds: Counter[str]
     decisions: list[DecisionRecord]

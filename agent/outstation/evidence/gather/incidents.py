@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from outstation.evidence.format.contents import WRITE_LIMITS, Incident, MessageRef
+from outstation.evidence.format.contents import WRITE_LIMITS, IncidentRecord, MessageRef
 from outstation.foundation import clock
+from outstation.protocol.alerts.alert import SEVERITY_RANK
 from outstation.protocol.wire.messages import AlertPayload, Severity
 
-SEVERITY_RANK: dict[str, int] = {"critical": 0, "warning": 1, "info": 2}
 _STATE_RANK = {"open": 0, "unknown": 1, "closed": 2}
 _CLOCK_STATES = ("synced", "restored", "unsynced")
 
@@ -30,7 +30,7 @@ class IncidentCollector(msgspec.Struct):
     counts: Counter[tuple[str, str]] = msgspec.field(default_factory=Counter)
     kinds: Counter[str] = msgspec.field(default_factory=Counter)
     omitted: int = 0
-    _open: dict[str, Incident] = msgspec.field(default_factory=dict)
+    _open: dict[str, IncidentRecord] = msgspec.field(default_factory=dict)
     _current_log: tuple[str, str] = ("", "")
     _worst: list[tuple[Any, ...]] = msgspec.field(default_factory=list)
     _sequence: int = 0
@@ -47,7 +47,7 @@ class IncidentCollector(msgspec.Struct):
             self._open[body.id] = _incident_from_alert(body, message)
         elif body.state == "raised" and known is not None:
             # Raised again with newer numbers: the start stays.
-            severity = min(known.severity, body.severity, key=lambda name: SEVERITY_RANK[name])
+            severity = max(known.severity, body.severity, key=lambda name: SEVERITY_RANK[name])
             self._open[body.id] = msgspec.structs.replace(known, severity=severity)
         elif known is not None:
             clock_state = max(known.clock, body.clock, key=_CLOCK_STATES.index)
@@ -56,7 +56,7 @@ class IncidentCollector(msgspec.Struct):
     def add_collector_alerts(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add alerts that the collector raised or cleared itself, oldest first."""
         self._close_log()
-        open_alerts: dict[tuple[str, str], Incident] = {}
+        open_alerts: dict[tuple[str, str], IncidentRecord] = {}
         for row in rows:
             key = (row["device"], row["id"])
             if row["state"] == "cleared":
@@ -69,7 +69,7 @@ class IncidentCollector(msgspec.Struct):
         for incident in open_alerts.values():
             self._store(incident)
 
-    def sort_by_severity(self) -> list[Incident]:
+    def sort_by_severity(self) -> list[IncidentRecord]:
         """Return the incidents: open before closed, then by severity, then longest first."""
         self._close_log()
         return [entry[-1] for entry in sorted(self._worst, reverse=True)]
@@ -81,7 +81,7 @@ class IncidentCollector(msgspec.Struct):
             self._store(msgspec.structs.replace(incident, state=state))
         self._open.clear()
 
-    def _store(self, incident: Incident) -> None:
+    def _store(self, incident: IncidentRecord) -> None:
         if incident.seconds is None and incident.state == "open":
             incident = msgspec.structs.replace(incident, seconds=_seconds_between(incident.started, self.as_of_us))
         self.counts[incident.severity, incident.state] += 1
@@ -90,7 +90,7 @@ class IncidentCollector(msgspec.Struct):
         # The sequence number is unique, so incidents themselves are never compared.
         entry = (
             -_STATE_RANK[incident.state],
-            -SEVERITY_RANK[incident.severity],
+            SEVERITY_RANK[incident.severity],
             incident.seconds or 0.0,
             -self._sequence,
             incident,
@@ -102,8 +102,8 @@ class IncidentCollector(msgspec.Struct):
         self.omitted += 1
 
 
-def _incident_from_alert(body: AlertPayload, message: MessageRef) -> Incident:
-    return Incident(
+def _incident_from_alert(body: AlertPayload, message: MessageRef) -> IncidentRecord:
+    return IncidentRecord(
         device=body.device,
         task=body.task,
         alert=body.alert,
@@ -120,9 +120,9 @@ def _incident_from_alert(body: AlertPayload, message: MessageRef) -> Incident:
     )
 
 
-def _incident_from_row(row: dict[str, Any]) -> Incident:
+def _incident_from_row(row: dict[str, Any]) -> IncidentRecord:
     severity: Severity = row["severity"] if row["severity"] in SEVERITY_RANK else "warning"
-    return Incident(
+    return IncidentRecord(
         device=row["device"],
         task=row["task"],
         alert=row["alert"],
@@ -138,7 +138,9 @@ def _incident_from_row(row: dict[str, Any]) -> Incident:
     )
 
 
-def _close_incident(incident: Incident, time: str, clock_state: Any, message: MessageRef | None) -> Incident:
+def _close_incident(
+    incident: IncidentRecord, time: str, clock_state: Any, message: MessageRef | None
+) -> IncidentRecord:
     seconds = _seconds_between(incident.started, clock.parse_rfc3339(time))
     changes = {"state": "closed", "ended": time, "seconds": seconds, "clock": clock_state, "cleared": message}
     return msgspec.structs.replace(incident, **changes)

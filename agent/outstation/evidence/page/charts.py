@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from outstation.evidence.format.contents import AccuracyEntry, Incident
+from outstation.evidence.format.contents import AccuracyEntry, IncidentRecord
 from outstation.evidence.page.formats import format_duration, parse_epoch_us
 from outstation.foundation.render import axes
 from outstation.foundation.render.charts import ForestRow, render_forest
@@ -18,7 +18,7 @@ _LANES_WIDTH, _DURATION_WIDTH = 360.0, 86.0
 _STRIP_WIDTH, _STRIP_HEIGHT = 400.0, 90.0
 
 
-def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: int) -> str:
+def draw_incident_lanes(incidents: Sequence[IncidentRecord], begin_us: int, end_us: int) -> str:
     """Return an inline SVG with a bar per incident from start to end, "" if no start time is known."""
     known = [
         (us, incident)

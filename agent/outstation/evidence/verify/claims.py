@@ -11,7 +11,7 @@ from outstation.evidence.format.contents import (
     AccuracyEntry,
     BundleComparison,
     DecisionRecord,
-    Incident,
+    IncidentRecord,
     MessageRef,
     RunningTask,
 )
@@ -108,7 +108,7 @@ class ClaimChecker:
             claims = {"device": record.device, "event": record.event, "time": record.time, "summary": record.summary}
             self._compare_with_message(where, record.message, "audit", claims)
 
-    def check_incident(self, where: str, record: Incident) -> None:
+    def check_incident(self, where: str, record: IncidentRecord) -> None:
         claims = {"device": record.device, "alert": record.alert, "subject": record.subject}
         if record.source == "device" and record.raised is None:
             self._add_problem(where, "names no message in which the device raised it")

@@ -104,7 +104,7 @@ def _verify_contents(reader: FolderReader, head: EvidenceManifest, witnesses: Wi
     _verify_chains(reader, head, chains, witnesses.heads)
     for number, decision in reader.read_lines("decisions.jsonl", contents.DecisionRecord):
         claims.check_decision(f"decisions.jsonl:{number}", decision)
-    for i, incident in enumerate(reader.read_document("incidents.json", list[contents.Incident]) or []):
+    for i, incident in enumerate(reader.read_document("incidents.json", list[contents.IncidentRecord]) or []):
         claims.check_incident(f"incidents.json[{i}]", incident)
     for i, task in enumerate(reader.read_document("running.json", list[contents.RunningTask]) or []):
         claims.check_running(f"running.json[{i}]", task)

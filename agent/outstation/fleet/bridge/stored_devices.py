@@ -15,9 +15,10 @@ from msgspec.structs import replace
 from outstation.fleet.database.dashboard import messages
 from outstation.fleet.database.dashboard.messages import DeviceProgress
 from outstation.fleet.database.store import FleetStore
-from outstation.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents, load_incident
+from outstation.fleet.incidents.incidents import IncidentFilter, list_incidents, load_incident
 from outstation.foundation import clock
-from outstation.integrations.homeassistant.device_state import DeviceReport, OpenAlert
+from outstation.integrations.homeassistant.device_state import DeviceReport
+from outstation.protocol.alerts.incident import Incident
 from outstation.protocol.wire import topics
 
 # Of what a device sent since the last poll, most: older messages of a backlog have newer ones of the same topic.
@@ -38,7 +39,7 @@ class StoredDevices:
         self._every_message = every_message
         self._store = FleetStore(location, read_only=True)
         self._progress: dict[str, DeviceProgress] = {}
-        self._alerts: dict[str, list[OpenAlert]] = {}
+        self._alerts: dict[str, dict[str, Incident]] = {}
         self._incidents: dict[str, Incident] = {}
         self._next_alerts_s = 0.0
         self.devices: frozenset[str] = frozenset()
@@ -60,7 +61,7 @@ class StoredDevices:
             newest = self._load_newest(progress, before)
             has_alerts |= any(topics.parse(topic).kind == "alerts" for topic in newest)
             payloads[device] = [*newest.values()]
-        alerts, cleared = self._alerts, dict[str, list[OpenAlert]]()
+        alerts, cleared = self._alerts, dict[str, dict[str, Incident]]()
         if has_alerts or time.monotonic() >= self._next_alerts_s:
             alerts, cleared = self._load_alerts()
         reported = {device for device in listed if self._alerts.get(device) != alerts.get(device)} | payloads.keys()
@@ -68,7 +69,7 @@ class StoredDevices:
         for device in sorted(reported):
             connection, log = listed[device].connection, listed[device].log
             if connection is not None or log is not None:
-                news = (payloads.get(device, ()), alerts.get(device, ()), cleared.get(device, ()))
+                news = (payloads.get(device, ()), alerts.get(device, {}), cleared.get(device, {}))
                 reports.append(DeviceReport(device, connection or "offline", *news))
         self._progress, self._alerts = listed, alerts
         return reports
@@ -93,7 +94,7 @@ class StoredDevices:
         reached = replace(progress, last_seq=max(loaded)) if len(loaded) == _MAX_MESSAGES else progress
         return [*loaded.values()], reached
 
-    def _load_alerts(self) -> tuple[dict[str, list[OpenAlert]], dict[str, list[OpenAlert]]]:
+    def _load_alerts(self) -> tuple[dict[str, dict[str, Incident]], dict[str, dict[str, Incident]]]:
         """Return the open alerts of each device that nobody muted, oldest first, and those cleared since."""
         self._next_alerts_s = time.monotonic() + _ALERTS_INTERVAL_S
         now = clock.now_rfc3339()
@@ -102,17 +103,14 @@ class StoredDevices:
             incidents = {_key(incident): incident for incident in listed if incident.status != "muted"}
             closed = self._incidents.keys() - incidents.keys()
             ends = {key: load_incident(self._store, self._incidents[key].key, now=now) for key in closed}
-        alerts: dict[str, list[OpenAlert]] = {}
-        cleared: dict[str, list[OpenAlert]] = {}
+        alerts: dict[str, dict[str, Incident]] = {}
+        cleared: dict[str, dict[str, Incident]] = {}
         for key, incident in incidents.items():
-            shown = (incident.severity, incident.summary, incident.raised, incident.task)
-            alerts.setdefault(incident.device, []).append(OpenAlert(*shown, key, incident.updated))
+            alerts.setdefault(incident.device, {})[key] = incident
         for key, end in ends.items():
             # Raised again, muted or pruned are no end.
             if end is not None and end.status == "cleared" and _key(end) == key:
-                summary, at = end.cleared_summary or end.summary, end.cleared or now
-                alert = OpenAlert(end.severity, summary, end.raised, end.task, key, at)
-                cleared.setdefault(end.device, []).append(alert)
+                cleared.setdefault(end.device, {})[key] = end
         self._incidents = incidents
         return alerts, cleared
 

@@ -19,9 +19,8 @@ from outstation.fleet.cli.common import (
     processes_option,
     progress_bar,
 )
-from outstation.fleet.database.interface import IncidentKey
 from outstation.fleet.incidents import incidents
-from outstation.fleet.incidents.incidents import Incident, IncidentFilter
+from outstation.fleet.incidents.incidents import IncidentFilter
 from outstation.foundation import clock, durable_files
 from outstation.foundation.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
 from outstation.foundation.cli.groups import SentenceGroup
@@ -29,6 +28,7 @@ from outstation.foundation.cli.options import DURATION, PATH, by_option, note_op
 from outstation.foundation.cli.output import emit, print_table
 from outstation.foundation.errors import UsageError
 from outstation.foundation.text import pluralize
+from outstation.protocol.alerts.incident import Incident, IncidentKey
 
 if TYPE_CHECKING:
     from outstation.fleet.audit.checkpoint import CheckpointFolder

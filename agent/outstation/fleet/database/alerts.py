@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from itertools import pairwise
 from operator import itemgetter
 
-from outstation.fleet.database.interface import Connection, IncidentKey, Row
+from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.schema import message_tables
 from outstation.fleet.database.schema.message_tables import INCIDENTS
 from outstation.protocol.alerts.alert import Alert, AlertKind
+from outstation.protocol.alerts.incident import IncidentKey
 from outstation.protocol.alerts.kinds import FLEET_DRIFT, FLEET_REFERENCE, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS
 from outstation.protocol.wire.messages import LoggedPayload
 

@@ -18,8 +18,6 @@ from outstation.foundation.errors import StorageBusy
 Row = tuple[Any, ...]
 Values = Sequence[Any] | Mapping[str, Any]
 MAX_PARTITIONS = 1024
-# (source, device, log, id)
-IncidentKey = tuple[str, str, str, str]
 # (device, log)
 LogId = tuple[str, str]
 # (device, log, seq)

@@ -6,81 +6,21 @@ message of an open alert, which has become worse or has come back, ends an ackno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from outstation.fleet.database.incidents import incident_rows as table
-from outstation.fleet.database.interface import IncidentKey
 from outstation.fleet.database.store import FleetStore
 from outstation.foundation.errors import UsageError
-from outstation.protocol.alerts.alert import AlertKind, Severity
-from outstation.protocol.alerts.kinds import find_kind
+from outstation.protocol.alerts.alert import SEVERITY_RANK, Severity
+from outstation.protocol.alerts.incident import Acknowledgement, Incident, IncidentKey, Mute, Status
 
-Status = Literal["raised", "acknowledged", "muted", "cleared"]
-SEVERITY_RANK: Mapping[str, int] = {"info": 1, "warning": 2, "critical": 3}
 # A mute without an end.
 FOREVER = "9999-12-31T23:59:59.999999Z"
 MAX_NOTE, MAX_NAME = 2000, 128
 MIN_REF = 4
 _MAX_MATCHES = 100
-
-
-class Acknowledgement(msgspec.Struct, frozen=True):
-    by: str
-    at: str
-    note: str
-
-
-class Mute(msgspec.Struct, frozen=True):
-    until: str
-    by: str
-    at: str
-    note: str
-
-
-class Incident(msgspec.Struct, frozen=True):
-    """An alert with all its messages; `device` is empty where it concerns the whole fleet.
-
-    `ref` names it in commands and addresses. `raised`: when it began. `updated`, `seq`: of its newest message;
-    `raised_seq`: of the newest that raised it, with `severity` and `summary`.
-    `acknowledged` is None once a newer message ended it; `muted` once its time is over.
-    """
-
-    ref: str
-    status: Status
-    severity: Severity
-    device: str
-    task: str | None
-    alert: str
-    subject: str
-    summary: str
-    raised: str
-    updated: str
-    cleared: str | None
-    cleared_summary: str | None
-    revision: int
-    acknowledged: Acknowledgement | None
-    muted: Mute | None
-    source: Literal["device", "collector"]
-    log: str
-    id: str
-    seq: int
-    raised_seq: int
-
-    @property
-    def key(self) -> IncidentKey:
-        return self.source, self.device, self.log, self.id
-
-    @property
-    def is_open(self) -> bool:
-        return self.status != "cleared"
-
-    @property
-    def kind(self) -> AlertKind | None:
-        """Return its kind, with meaning and action; None for an alert of a newer version."""
-        return find_kind(self.alert, self.subject, self.id, self.task, from_collector=self.source == "collector")
 
 
 class IncidentFilter(msgspec.Struct, frozen=True):

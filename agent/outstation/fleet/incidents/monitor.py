@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterable, Mapping
 from msgspec.structs import replace
 
 from outstation.fleet.database.incidents import device_status
-from outstation.fleet.database.incidents.device_status import CollectorAlert, DeviceStatus
+from outstation.fleet.database.incidents.device_status import DeviceStatus
 from outstation.fleet.database.ingest import OVER_QUOTA
 from outstation.fleet.database.interface import Connection
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.incidents import conditions
 from outstation.fleet.incidents.conditions import Certificate, Condition, DeviceView, HealthReport, find_ending
-from outstation.fleet.incidents.incidents import SEVERITY_RANK
 from outstation.fleet.incidents.outliers import OutlierSurvey
 from outstation.foundation import clock
 from outstation.foundation.clock import ClockReading
-from outstation.protocol.alerts.alert import Alert, AlertKind
+from outstation.protocol.alerts.alert import SEVERITY_RANK, Alert, AlertKind
 from outstation.protocol.alerts.kinds import (
     CERTIFICATE_ENDS,
     CLOCK_AT_COLLECTOR,
@@ -51,7 +50,7 @@ class IncidentMonitor:
     def __init__(self, store: FleetStore, certificates: Callable[[], Iterable[Certificate]] = lambda: ()) -> None:
         self._store, self._certificates = store, certificates
         self._survey = OutlierSurvey(store)
-        self._open: dict[AlertKey, CollectorAlert] | None = None
+        self._open: dict[AlertKey, Alert] | None = None
         self._watching_since_s = self._last_turn_s = float("-inf")
         self._offset_us = 0
         self._next_s = self._next_certificates_s = 0.0
@@ -93,10 +92,10 @@ class IncidentMonitor:
             self._next_certificates_s = now.boot_s + CERTIFICATE_INTERVAL_S
         return raised
 
-    def _load_open(self) -> dict[AlertKey, CollectorAlert]:
+    def _load_open(self) -> dict[AlertKey, Alert]:
         if self._open is None:
             with self._store.snapshot() as db:
-                self._open = {(alert.device, alert.id): alert for alert in device_status.load_open_alerts(db)}
+                self._open = {(device, alert.id): alert for device, alert in device_status.load_open_alerts(db)}
         return self._open
 
     def _check_refusals(self, now: ClockReading) -> list[Findings]:
@@ -160,7 +159,7 @@ class IncidentMonitor:
                     revision=1 if known is None else known.revision + 1,
                 )
                 changes.append((condition.device, condition.task, alert, log_name(alert)))
-                became[key] = CollectorAlert(*key, condition.severity, alert.revision)
+                became[key] = alert
                 raised.append(condition.summary)
             for key in [key for key in opened if key not in held and is_of_kind(kind, key[1])]:
                 alert = _build_cleared(kind, *key)

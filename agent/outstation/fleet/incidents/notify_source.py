@@ -10,12 +10,11 @@ from pathlib import Path
 import msgspec
 
 from outstation.fleet.database.incidents import device_status, incident_rows
-from outstation.fleet.database.interface import IncidentKey
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.incidents import incidents
-from outstation.fleet.incidents.incidents import Incident
 from outstation.foundation import clock, decoders
-from outstation.integrations.notify.alert_state import AlertSource, AlertState
+from outstation.integrations.notify.alert_source import AlertSource
+from outstation.protocol.alerts.incident import Incident, IncidentKey
 from outstation.protocol.alerts.kinds import TARGET_FAILS
 
 # Two transactions of PostgreSQL may commit in another order than they numbered their rows.
@@ -29,7 +28,7 @@ class _Groups(msgspec.Struct, frozen=True):
 
 
 class FleetAlertSource:
-    """Incidents of an open fleet database; see `outstation.integrations.notify.alert_state.AlertSource`."""
+    """Incidents of an open fleet database; see `outstation.integrations.notify.alert_source.AlertSource`."""
 
     def __init__(self, store: FleetStore, fleet: str, *, needs_groups: bool) -> None:
         self._store, self._needs_groups = store, needs_groups
@@ -37,7 +36,7 @@ class FleetAlertSource:
         self._seen: set[int] | None = None
         self._groups: dict[str, tuple[str, ...]] = {}
 
-    def changed(self, cursor: int | None) -> tuple[int, list[AlertState]]:
+    def changed(self, cursor: int | None) -> tuple[int, list[Incident]]:
         if cursor is None:
             with self._store.snapshot() as db:
                 self._seen, cursor = set(), incident_rows.last_arrival(db)
@@ -52,18 +51,17 @@ class FleetAlertSource:
             return cursor, []
         cursor = max(cursor, new[-1][0])
         self._seen = {rowid for rowid, _ in arrivals if rowid > cursor - OVERLAP}
-        return cursor, [*self.load({_to_text(key) for _, key in new}).values()]
+        return cursor, [*self.load({json.dumps(key) for _, key in new}).values()]
 
-    def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
+    def load(self, keys: Iterable[str]) -> dict[str, Incident]:
         now = clock.now_rfc3339()
         loaded = (incidents.load_incident(self._store, decoders.from_json(key, IncidentKey), now=now) for key in keys)
-        states = [self._to_state(incident) for incident in loaded if incident is not None]
-        return {state.key: state for state in states}
+        return {incident.key_text: self._with_groups(incident) for incident in loaded if incident is not None}
 
-    def open_alerts(self) -> list[AlertState]:
+    def open_alerts(self) -> list[Incident]:
         if self._needs_groups:
             self._groups = self._load_groups()
-        return [self._to_state(incident) for incident in incidents.list_incidents(self._store, now=clock.now_rfc3339())]
+        return [*map(self._with_groups, incidents.list_incidents(self._store, now=clock.now_rfc3339()))]
 
     def report_target(self, target: str, problem: str | None) -> None:
         build = TARGET_FAILS.cleared if problem is None else TARGET_FAILS.raised
@@ -84,35 +82,9 @@ class FleetAlertSource:
                     continue
         return groups
 
-    def _to_state(self, incident: Incident) -> AlertState:
-        kind = incident.kind
-        return AlertState(
-            key=_to_text(incident.key),
-            seq=incident.raised_seq,
-            title=kind.title if kind else "",
-            action=kind.action if kind else "",
-            cleared_summary=incident.cleared_summary,
-            is_muted=incident.muted is not None,
-            is_acknowledged=incident.acknowledged is not None,
-            is_event=kind is not None and kind.is_event,
-            groups=self._groups.get(incident.device, ()),
-            **{name: getattr(incident, name) for name in _COPIED},
-        )
-
-
-_COPIED = (
-    "status",
-    "severity",
-    "device",
-    "task",
-    "alert",
-    "subject",
-    "summary",
-    "raised",
-    "updated",
-    "revision",
-    "ref",
-)
+    def _with_groups(self, incident: Incident) -> Incident:
+        groups = self._groups.get(incident.device)
+        return msgspec.structs.replace(incident, groups=groups) if groups else incident
 
 
 @contextmanager
@@ -120,7 +92,3 @@ def open_source(location: Path | str, fleet: str, *, needs_groups: bool) -> Iter
     """Open the fleet database for the notifier's own thread."""
     with FleetStore(location) as store:
         yield store, FleetAlertSource(store, fleet, needs_groups=needs_groups)
-
-
-def _to_text(key: IncidentKey) -> str:
-    return json.dumps(key)

@@ -19,12 +19,13 @@ from outstation.fleet.database.labelling import labels as label_tables
 from outstation.fleet.database.labelling import verdicts as table
 from outstation.fleet.database.labelling.labels import TaskLog
 from outstation.fleet.database.labelling.verdicts import AlertVerdict, Verdict
-from outstation.fleet.incidents.incidents import Incident, check_note
+from outstation.fleet.incidents.incidents import check_note
 from outstation.fleet.labelling.labels import compute_label_metrics, metric_rows
 from outstation.foundation import decoders
 from outstation.foundation.errors import UsageError
 from outstation.ml.performance.estimates import MetricEstimate
 from outstation.ml.performance.labels import MAX_LABEL
+from outstation.protocol.alerts.incident import Incident
 
 SOURCE = "verdicts"
 CONFIRMED, CORRECTED, FALSE_ALARM = "confirmed", "corrected", "false_alarm"

@@ -17,6 +17,7 @@ from outstation.foundation import clock
 from outstation.foundation.errors import MessageRefused
 from outstation.foundation.names import is_name
 from outstation.foundation.text import printable
+from outstation.protocol.alerts.incident import Incident
 from outstation.protocol.wire.messages import DriftPayload, ResultsPayload
 from outstation.protocol.wire.verification import decode
 
@@ -28,29 +29,18 @@ _MAX_SUMMARY, _MAX_UNIT = 500, 32
 CLOCK_TOLERANCE_US = 300_000_000
 
 
-class OpenAlert(msgspec.Struct, frozen=True):
-    """An alert. `time`: since when; `changed`: when it was last raised, or cleared. `key` changes with each raise."""
-
-    severity: str
-    summary: str
-    time: str
-    task: str | None = None
-    key: str = ""
-    changed: str = ""
-
-
 class DeviceReport(msgspec.Struct, frozen=True):
     """News of one device: its connection, the newest payload of each topic that has one, oldest first, and its alerts.
 
-    `alerts`: all open ones, oldest first; None if they are unchanged. `cleared`: alerts that were open at the last
-    report, with sentence and time of their end.
+    `alerts`: all open ones by a key that changes with each raise, oldest first; None if they are unchanged. `cleared`:
+    alerts that were open at the last report.
     """
 
     device: str
     connection: str
     payloads: Sequence[bytes] = ()
-    alerts: Sequence[OpenAlert] | None = None
-    cleared: Sequence[OpenAlert] = ()
+    alerts: dict[str, Incident] | None = None
+    cleared: dict[str, Incident] = {}
 
 
 class DeviceSource(Protocol):
@@ -115,7 +105,7 @@ class DeviceState:
         self.connection = ""
         self.tasks: dict[str, TaskState] = {}
         self.health: Health | None = None
-        self.alerts: Sequence[OpenAlert] = ()
+        self.alerts: dict[str, Incident] = {}
 
     def update(self, report: DeviceReport) -> None:
         self.connection = report.connection
@@ -189,12 +179,12 @@ def output_key(name: str) -> str:
     return "k" + hashlib.sha256(name.encode(errors="replace")).hexdigest()[:12]
 
 
-def shown_alert(alert: OpenAlert) -> dict[str, str | None]:
-    """Return the members of an alert for people."""
+def shown_alert(alert: Incident) -> dict[str, str | None]:
+    """Return the members of an open alert for people."""
     return {
         "severity": alert.severity,
         "summary": _text(alert.summary, _MAX_SUMMARY),
-        "time": alert.time,
+        "time": alert.raised,
         "task": alert.task,
     }
 

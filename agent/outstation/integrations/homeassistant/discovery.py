@@ -19,13 +19,13 @@ from outstation.integrations.homeassistant.device_state import (
     MAX_TEXT,
     DeviceReport,
     DeviceState,
-    OpenAlert,
     Result,
     TaskState,
     output_key,
     shown_alert,
 )
 from outstation.ml.performance.labels import MAX_LABEL
+from outstation.protocol.alerts.incident import Incident
 
 # Ours beside `outstation/<fleet>`, where every message is a device's and signed.
 ROOT = "outstation-bridge"
@@ -216,18 +216,19 @@ def parse_open(payload: bytes) -> frozenset[str] | None:
 
 def find_events(
     report: DeviceReport, known: frozenset[str], now_us: int, max_age_us: int
-) -> list[tuple[str, OpenAlert]]:
+) -> list[tuple[str, Incident]]:
     """Return (event type, alert) of what was raised and cleared since the keys of `known` were open.
 
     Home Assistant dates an event when it reads it, so one of a backlog, older than `max_age_us`, is left out.
     """
-    raised = [(RAISED, alert) for alert in report.alerts or () if alert.key not in known]
-    cleared = [(CLEARED, alert) for alert in report.cleared if alert.key in known]
-    return [event for event in (*cleared, *raised) if _is_fresh(event[1].changed, now_us, max_age_us)]
+    raised = [(RAISED, alert) for key, alert in (report.alerts or {}).items() if key not in known]
+    cleared = [(CLEARED, alert) for key, alert in report.cleared.items() if key in known]
+    return [event for event in (*cleared, *raised) if _is_fresh(event[1].updated, now_us, max_age_us)]
 
 
-def event_document(event_type: str, alert: OpenAlert) -> bytes:
-    return _encode({"event_type": event_type, **shown_alert(alert), "time": alert.changed})
+def event_document(event_type: str, alert: Incident) -> bytes:
+    ended = msgspec.structs.replace(alert, summary=alert.cleared_summary or alert.summary, raised=alert.updated)
+    return _encode({"event_type": event_type, **shown_alert(ended)})
 
 
 def _is_fresh(time: str, now_us: int, max_age_us: int) -> bool:
@@ -351,9 +352,9 @@ def _device_members(state: DeviceState) -> dict[str, Any]:
         "temperature": None if health is None else health.temperature,
         "battery": None if health is None else health.battery,
         "alerts": len(state.alerts),
-        "newest_alert": shown_alert(state.alerts[-1]) if state.alerts else {},
+        "newest_alert": shown_alert([*state.alerts.values()][-1]) if state.alerts else {},
         # For which an event was published.
-        "open": [alert.key for alert in state.alerts] if len(state.alerts) <= MAX_OPEN else None,
+        "open": [*state.alerts] if len(state.alerts) <= MAX_OPEN else None,
     }
 
 

@@ -179,7 +179,7 @@ class Session:
 
     def _add_events(self, report: DeviceReport) -> None:
         if (state := self._states.get(report.device)) is not None:
-            known: frozenset[str] | None = frozenset(alert.key for alert in state.alerts)
+            known: frozenset[str] | None = frozenset(state.alerts)
         else:
             known = parse_open(self._published.get(self._place.latest_topic(report.device, DEVICE_DOCUMENT), b""))
         if known is None:

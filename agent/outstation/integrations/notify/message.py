@@ -15,8 +15,9 @@ import msgspec
 
 from outstation.foundation import clock, decoders
 from outstation.foundation.text import printable
-from outstation.integrations.notify.alert_state import SEVERITY_RANK, AlertState
 from outstation.integrations.notify.queue import Pending
+from outstation.protocol.alerts.alert import SEVERITY_RANK
+from outstation.protocol.alerts.incident import Incident
 
 MAX_ENTRIES, MAX_SUMMARY, MAX_SUBJECT, MAX_NAME = 20, 600, 160, 80
 
@@ -26,7 +27,7 @@ MessageKind = Literal["alerts", "reminder", "recovery", "digest", "test", "open"
 class Change(msgspec.Struct, frozen=True):
     """Change of one alert that a message reports; `number` counts its reminders."""
 
-    alert: AlertState
+    alert: Incident
     pending: Pending
     number: int = 0
 
@@ -67,7 +68,7 @@ def compose(
 ) -> Notification:
     """Compose one message of at least one change, the most severe first."""
     ordered = sorted(changes, key=lambda c: (c.pending == "cleared", -SEVERITY_RANK[c.alert.severity], c.alert.raised))
-    states = sorted((c.alert.key, c.alert.seq, c.pending, c.number) for c in changes)
+    states = sorted((c.alert.key_text, c.alert.raised_seq, c.pending, c.number) for c in changes)
     key = hashlib.sha256(msgspec.json.encode([sender, target, states])).hexdigest()[:32]
     shown, omitted = ordered[:MAX_ENTRIES], len(ordered) - MAX_ENTRIES
     pending = {change.pending for change in changes}
@@ -91,10 +92,10 @@ def compose(
     )
 
 
-def compose_open(alerts: Iterable[AlertState], *, sender: str, fleet: str, now_s: float) -> Notification:
+def compose_open(alerts: Iterable[Incident], *, sender: str, fleet: str, now_s: float) -> Notification:
     """Compose the retained document of all open alerts; its key changes with them alone."""
-    ordered = sorted(alerts, key=lambda alert: (-SEVERITY_RANK[alert.severity], alert.raised, alert.key))
-    states = [(alert.key, alert.seq, alert.status) for alert in ordered]
+    ordered = sorted(alerts, key=lambda alert: (-SEVERITY_RANK[alert.severity], alert.raised, alert.key_text))
+    states = [(alert.key_text, alert.raised_seq, alert.status) for alert in ordered]
     key = hashlib.sha256(msgspec.json.encode([sender, states])).hexdigest()[:32]
     severity = ordered[0].severity if ordered else "info"
     return Notification(
@@ -144,8 +145,8 @@ def _describe(change: Change, zone: ZoneInfo) -> str:
     elif change.pending == "cleared":
         since += "; no message cleared it: another log took the place of its log, or the device was removed"
     lines.append("  " + since)
-    if alert.action and change.pending != "cleared":
-        lines.append(f"  What to do: {alert.action}")
+    if alert.kind and change.pending != "cleared":
+        lines.append(f"  What to do: {alert.kind.action}")
     if alert.ref and change.pending != "cleared":
         lines.append(f"  Take it: outstation fleet alerts acknowledge {alert.ref}")
     return "\n".join(lines)
@@ -154,12 +155,12 @@ def _describe(change: Change, zone: ZoneInfo) -> str:
 def _document(change: Change) -> dict[str, str | int | None]:
     alert = change.alert
     return {
-        "id": alert.ref or alert.key,
+        "id": alert.ref or alert.key_text,
         "device": shorten(alert.device, MAX_NAME),
         "task": None if alert.task is None else shorten(alert.task, MAX_NAME),
         "alert": shorten(alert.alert, MAX_NAME),
         "subject": shorten(alert.subject, MAX_NAME),
-        "title": alert.title,
+        "title": alert.kind.title if alert.kind else "",
         "severity": alert.severity,
         "state": "cleared" if change.pending == "cleared" else alert.status,
         "change": change.pending,
@@ -167,7 +168,7 @@ def _document(change: Change) -> dict[str, str | int | None]:
         "raised": alert.raised,
         "updated": alert.updated,
         "revision": alert.revision,
-        "action": alert.action,
+        "action": alert.kind.action if alert.kind else "",
     }
 
 

@@ -23,13 +23,14 @@ from outstation.foundation.errors import StorageError
 from outstation.integrations.notify import message as messages
 from outstation.integrations.notify import planner
 from outstation.integrations.notify import queue as store
-from outstation.integrations.notify.alert_state import AlertSource, AlertState
+from outstation.integrations.notify.alert_source import AlertSource
 from outstation.integrations.notify.config import MqttTarget, NotifyConfig
 from outstation.integrations.notify.delivery import MAX_DELAY_S, backoff_s
 from outstation.integrations.notify.message import Change, Notification
 from outstation.integrations.notify.planner import find_delivery, is_quiet, last_digest_s
 from outstation.integrations.notify.queue import LedgerEntry, LedgerKey, QueueDatabase, TargetState
 from outstation.integrations.notify.sending import Outcome, TargetWorker
+from outstation.protocol.alerts.incident import Incident
 
 logger = logging.getLogger("outstation.notify")
 
@@ -63,7 +64,7 @@ class Notifier:
         self._workers = {
             name: TargetWorker(name, target, self._outcomes, wake) for name, target in config.targets.items()
         }
-        self._alerts: dict[str, AlertState] = {}
+        self._alerts: dict[str, Incident] = {}
         self._next_review_s = float("-inf")
         self._is_loaded = False
         self._cursor: int | None = None
@@ -120,12 +121,12 @@ class Notifier:
         is_review = not self._next_review_s - 2 * REVIEW_S <= now_s < self._next_review_s
         if is_review:
             self._next_review_s = now_s + REVIEW_S
-            opened = {alert.key: alert for alert in self._source.open_alerts()}
+            opened = {alert.key_text: alert for alert in self._source.open_alerts()}
             others = {alert for _, alert in self._ledger} - opened.keys()
             # What changed is newer.
             self._alerts = {**self._source.load(others), **opened}
             changed = [*self._alerts.values(), *changed]
-        current = {alert.key: alert for alert in changed}
+        current = {alert.key_text: alert for alert in changed}
         self._alerts |= current
         writes = _Writes()
         if is_review:
@@ -139,10 +140,10 @@ class Notifier:
                 self._compose(writes, self._targets[name], now_s)
         self._commit(writes, cursor)
 
-    def _update_ledger(self, writes: _Writes, alerts: Mapping[str, AlertState], now_s: float) -> None:
+    def _update_ledger(self, writes: _Writes, alerts: Mapping[str, Incident], now_s: float) -> None:
         for target in self._config.targets:
             for alert in alerts.values():
-                key = (target, alert.key)
+                key = (target, alert.key_text)
                 before = self._ledger.get(key)
                 delivery = find_delivery(self._config, self._source.sender, target, alert)
                 after = None if delivery is None else planner.update_entry(before, target, alert, delivery, now_s)

@@ -18,10 +18,11 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from outstation.foundation import clock
-from outstation.integrations.notify.alert_state import SEVERITY_RANK, AlertState
 from outstation.integrations.notify.config import NotifyConfig, NotifyRoute
 from outstation.integrations.notify.message import Change
 from outstation.integrations.notify.queue import LedgerEntry
+from outstation.protocol.alerts.alert import SEVERITY_RANK
+from outstation.protocol.alerts.incident import Incident
 
 # Alerts of one batch arrive together, those of several devices within a moment.
 SETTLE_S = 1.0
@@ -31,14 +32,14 @@ MAX_SEPARATE_DEVICES = 3
 
 
 def update_entry(
-    entry: LedgerEntry | None, target: str, alert: AlertState, delivery: Delivery, now_s: float
+    entry: LedgerEntry | None, target: str, alert: Incident, delivery: Delivery, now_s: float
 ) -> LedgerEntry | None:
     """Return the entry as it is to be; None where there is nothing to know or to tell any more."""
     if not alert.is_open:
         return _after_clearing(entry, target, alert, delivery, now_s)
-    entry = LedgerEntry(target, alert.key) if entry is None else msgspec.structs.replace(entry)
+    entry = LedgerEntry(target, alert.key_text) if entry is None else msgspec.structs.replace(entry)
     is_silenced = alert.status != "raised"
-    if entry.notified_seq < alert.seq and not is_silenced:
+    if entry.notified_seq < alert.raised_seq and not is_silenced:
         if entry.pending != "raised":
             entry.pending, entry.pending_since, entry.reminders = "raised", now_s, 0
     elif entry.pending in ("raised", "cleared") or is_silenced:
@@ -47,7 +48,9 @@ def update_entry(
     entry.notified_at = min(entry.notified_at, now_s)
     # A digest goes out a little after its time; the next one, a day later, must not come too early for its reminders.
     due_s = entry.notified_at + delivery.remind_every_s - (DIGEST_SLACK_S if delivery.digest else 0.0)
-    is_due = delivery.remind_every_s and entry.notified_seq and due_s <= now_s and not alert.is_event
+    is_due = (
+        delivery.remind_every_s and entry.notified_seq and due_s <= now_s and not (alert.kind and alert.kind.is_event)
+    )
     if is_due and entry.pending is None and not is_silenced:
         entry.pending, entry.pending_since = "reminder", due_s
     if entry.pending is None and not entry.notified_seq:
@@ -56,14 +59,14 @@ def update_entry(
 
 
 def _after_clearing(
-    entry: LedgerEntry | None, target: str, alert: AlertState, delivery: Delivery, now_s: float
+    entry: LedgerEntry | None, target: str, alert: Incident, delivery: Delivery, now_s: float
 ) -> LedgerEntry | None:
-    was_silenced = alert.is_muted or (entry is None and alert.is_acknowledged)
+    was_silenced = alert.muted or (entry is None and alert.acknowledged)
     if was_silenced or (not delivery.recovery and (entry is None or entry.pending != "raised")):
         return None
     if entry is not None and entry.pending == "cleared":
         return entry
-    entry = LedgerEntry(target, alert.key) if entry is None else msgspec.structs.replace(entry)
+    entry = LedgerEntry(target, alert.key_text) if entry is None else msgspec.structs.replace(entry)
     entry.pending, entry.pending_since = "cleared", now_s
     return entry
 
@@ -96,12 +99,12 @@ def select_ready(
     return (at_once if settled and may_compose else []), digest
 
 
-def mark_notified(entry: LedgerEntry, alert: AlertState, now_s: float) -> LedgerEntry | None:
+def mark_notified(entry: LedgerEntry, alert: Incident, now_s: float) -> LedgerEntry | None:
     """Return the entry after its message was composed; None for an alert that is over."""
     if entry.pending == "cleared":
         return None
     reminders = entry.reminders + (entry.pending == "reminder")
-    changes = {"notified_seq": alert.seq, "notified_at": now_s, "reminders": reminders}
+    changes = {"notified_seq": alert.raised_seq, "notified_at": now_s, "reminders": reminders}
     return msgspec.structs.replace(entry, **changes, pending=None, pending_since=None)
 
 
@@ -122,7 +125,7 @@ class Delivery(msgspec.Struct, frozen=True):
     remind_every_s: float
 
 
-def find_delivery(config: NotifyConfig, sender: str, target: str, alert: AlertState) -> Delivery | None:
+def find_delivery(config: NotifyConfig, sender: str, target: str, alert: Incident) -> Delivery | None:
     """Return how `target` of `sender` is notified of an alert; None if it is not."""
     if alert.alert == "notify" and alert.subject == target and alert.device in ("", sender):
         # A target that fails is not notified of it; a device's own target may have the same name.
@@ -157,7 +160,7 @@ def last_digest_s(config: NotifyConfig, now_s: float) -> float:
     return (due if due <= now else due - timedelta(days=1)).timestamp()
 
 
-def _matches(route: NotifyRoute, alert: AlertState) -> bool:
+def _matches(route: NotifyRoute, alert: Incident) -> bool:
     if SEVERITY_RANK[alert.severity] < SEVERITY_RANK[route.severity]:
         return False
     kinds = (alert.alert, f"{alert.alert}/{alert.subject}")

@@ -229,8 +229,9 @@ def list_metrics(state: DeviceState) -> list[Metric]:
     metrics = []
     for name, task in state.tasks.items():
         metrics += _task_metrics(name, task)
-    newest = printable(state.alerts[-1].summary)[:500] if state.alerts else None
-    at = clock.parse_rfc3339(state.alerts[-1].time) // 1000 if state.alerts else 0
+    last = [*state.alerts.values()][-1] if state.alerts else None
+    newest = None if last is None else printable(last.summary)[:500]
+    at = 0 if last is None else clock.parse_rfc3339(last.raised) // 1000
     metrics.append(Metric("Alerts/Open", INT64, len(state.alerts), at or _health_ms(state) or now))
     metrics.append(Metric("Alerts/Newest", STRING, newest, at or _health_ms(state) or now))
     if health is not None:

@@ -17,6 +17,7 @@ OUTPUT_PREFIX = "output."
 MonitoredAlert = Literal["drift", "fault"]
 AlertState = Literal["raised", "cleared"]
 Severity = Literal["info", "warning", "critical"]
+SEVERITY_RANK: Mapping[str, int] = {"info": 1, "warning": 2, "critical": 3}
 
 
 class Alert(msgspec.Struct, frozen=True):

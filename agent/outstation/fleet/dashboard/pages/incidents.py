@@ -18,11 +18,12 @@ from outstation.fleet.database.interface import Connection
 from outstation.fleet.database.labelling import verdicts as verdict_statements
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.incidents import incidents
-from outstation.fleet.incidents.incidents import Incident, IncidentFilter
+from outstation.fleet.incidents.incidents import IncidentFilter
 from outstation.fleet.labelling import verdicts
 from outstation.fleet.labelling.verdicts import Judge
 from outstation.foundation import clock
 from outstation.foundation.errors import UsageError
+from outstation.protocol.alerts.incident import Incident, Status
 
 STATUSES = ("open", "raised", "acknowledged", "muted", "cleared", "all")
 SEVERITIES = ("info", "warning", "critical")
@@ -70,7 +71,7 @@ async def show(visit: Visit) -> Response:
     query, now = InboxQuery.parse(visit.request.query_params), clock.now_rfc3339()
     wanted = query.to_filter()
 
-    def load(store: FleetStore) -> tuple[list[Incident], Mapping[incidents.Status, int]]:
+    def load(store: FleetStore) -> tuple[list[Incident], Mapping[Status, int]]:
         with store.snapshot():
             listed = incidents.list_incidents(store, wanted, now=now, newest_first=True, limit=query.n + 1)
             return listed, incidents.count_statuses(store, device=wanted.device, task=wanted.task, now=now)

@@ -8,6 +8,7 @@ import msgspec
 
 from outstation.fleet.database.alerts import add_alerts, collector_alert_row
 from outstation.fleet.database.interface import Connection, Row
+from outstation.protocol.alerts.alert import Alert
 
 # The newest log of a device is its first live one. The newest health message of each, by index health_messages.
 _STATUS = """
@@ -29,7 +30,8 @@ _HEALTH = """
     SELECT payload, received FROM messages WHERE device = ? AND log = ? AND kind = 'health' ORDER BY seq DESC LIMIT ?
 """
 _OPEN_ALERTS = """
-    SELECT device, id, severity, revision FROM incidents WHERE state = 'raised' AND source = 'collector'
+    SELECT device, alert, subject, severity, id, summary, revision FROM incidents
+    WHERE state = 'raised' AND source = 'collector'
 """
 _LAST_SEQ = "SELECT max(seq) FROM incidents WHERE device = ? AND log = ? AND source = 'collector'"
 
@@ -52,15 +54,6 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     received: str | None
 
 
-class CollectorAlert(msgspec.Struct, frozen=True):
-    """An open alert that the collector raised."""
-
-    device: str
-    id: str
-    severity: str
-    revision: int
-
-
 def load_status(db: Connection) -> list[DeviceStatus]:
     """Return the status of every enrolled device."""
     rows = db.execute(_STATUS).fetchall()
@@ -78,9 +71,12 @@ def load_health(db: Connection, device: str, log: str, limit: int) -> list[tuple
     return [(bytes(payload), received) for payload, received in db.execute(_HEALTH, (device, log, limit))]
 
 
-def load_open_alerts(db: Connection) -> list[CollectorAlert]:
-    """Return the open alerts that the collector raised itself."""
-    return [CollectorAlert(*row) for row in db.execute(_OPEN_ALERTS)]
+def load_open_alerts(db: Connection) -> list[tuple[str, Alert]]:
+    """Return device and alert of each open alert that the collector raised."""
+    return [
+        (device, Alert(alert, subject, "raised", severity, identity, summary, {}, revision))
+        for device, alert, subject, severity, identity, summary, revision in db.execute(_OPEN_ALERTS)
+    ]
 
 
 def add_collector_alerts(db: Connection, alerts: Iterable[Sequence[object]], now: str, second: int) -> None:

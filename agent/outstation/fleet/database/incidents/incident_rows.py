@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from outstation.fleet.database.interface import Connection, IncidentKey
+from outstation.fleet.database.interface import Connection
+from outstation.protocol.alerts.incident import IncidentKey
 
 # The wanted one by its key, or those of all devices; only raised ones by index incidents_raised.
 _INCIDENTS = """

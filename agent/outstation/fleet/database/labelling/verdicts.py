@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
-from outstation.fleet.database.interface import Connection, IncidentKey, Row
+from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.labelling.labels import LabelledResult, TaskLog
+from outstation.protocol.alerts.incident import IncidentKey
 
 _SAVE = """
     INSERT INTO verdicts (device, task, log, row, given_by, verdict, label, predicted, alert, via, note, given)
