@@ -21,7 +21,7 @@ from outstation.device.machine import secret_file
 from outstation.device.store.rows import Rows, commit
 from outstation.fleet import config as fleet_config
 from outstation.fleet.audit.audit import audit
-from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.foundation.arrays import Float32s, Ints
 from outstation.foundation.errors import OutstationError
 from outstation.protocol.wire import commitment

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from outstation.device.bootstrap import device, tasks
-from outstation.device.intake import labels
+from outstation.device.intake import label_intake
 from outstation.device.pipeline import batch, labelled_output
 from outstation.device.store.retention import AcknowledgedSeqs
 from outstation.device.store.rows import Rows
@@ -83,7 +83,7 @@ def build_device(folder: Path) -> Path:
         targets = labelled_output.build_label_targets([task])
         with store.transaction() as tx:
             for row in range(100, CONSUMED, 100):
-                labels.store_label(tx, TASK, targets[TASK], Label(row, None, "PEN"), NOW)
+                label_intake.store_label(tx, TASK, targets[TASK], Label(row, None, "PEN"), NOW)
             message_log.append(tx, "alerts", TASK, _ALERT, NOW)
             tx.outbox.set_acknowledged(AcknowledgedSeqs(ACKNOWLEDGED))
             tx.set_source_position("files", "a.csv", 17)

@@ -19,7 +19,7 @@ from outstation.device.intake.group_commit import GroupCommit
 from outstation.device.intake.protocol import LineParser
 from outstation.device.uplink.mqtt_sink import MqttSink
 from outstation.fleet.audit.audit import audit
-from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.collector.collector import Collector
 from outstation.fleet.collector.subscriptions import topic_filters
 from outstation.fleet.database.sqlite import SqliteDatabase

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from outstation.device.bootstrap.device import open_message_log
 from outstation.device.cli.reply import print_reply
-from outstation.device.intake import labels
+from outstation.device.intake import label_intake
 from outstation.device.pipeline import label_metrics, labelled_output
 from outstation.device.status import build_document
 from outstation.device.store.store import DATABASE, Store
@@ -55,7 +55,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         with store.transaction() as tx:
             for row in range(100, 6100, 100):
                 target = labelled_output.build_label_targets([task])["exercise"]
-                assert labels.store_label(tx, "exercise", target, Label(row, None, "PEN"), NOW) is None
+                assert label_intake.store_label(tx, "exercise", target, Label(row, None, "PEN"), NOW) is None
         label_metrics.tick(task, store, open_message_log(made.file, made.conf, store), NOW, 86_400.0)
     return made
 

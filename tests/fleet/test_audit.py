@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from outstation.fleet.audit import log_auditor
 from outstation.fleet.audit.audit import audit, audit_from_checkpoint
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.audit.checkpoint import CheckpointFolder
 from outstation.fleet.audit.log_auditor import split_by_declaration
-from outstation.fleet.audit.report import AuditReport
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.workers import device_ranges as workers

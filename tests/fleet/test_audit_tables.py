@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from outstation.fleet.audit.audit import audit
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.audit.replay import Replay
-from outstation.fleet.audit.report import AuditReport
 from outstation.fleet.audit.stored_rows import StoredTables
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.schema.message_tables import PROJECTED

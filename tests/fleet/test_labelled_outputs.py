@@ -14,8 +14,8 @@ from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.labelling import candidates
 from outstation.fleet.database.labelling import verdicts as verdict_tables
 from outstation.fleet.database.store import FleetStore
-from outstation.fleet.labelling import feedback_loops, labels
-from outstation.fleet.labelling.labels import LabelOutcome
+from outstation.fleet.labelling import feedback_loops, given_labels
+from outstation.fleet.labelling.given_labels import LabelOutcome
 from outstation.ml.performance.labels import Label
 from outstation.protocol.wire.messages import QualityPayload
 from outstation.workbench.testing.messages import MODEL as MODEL_OF_RESULTS
@@ -98,7 +98,7 @@ def ingest(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> No
 
 def add(store: FleetStore, sender: MessageSender, *given: Label) -> LabelOutcome:
     with store.transaction() as db:
-        return labels.add(db, "pi-07", sender.task, given, NOW, "ada")
+        return given_labels.add(db, "pi-07", sender.task, given, NOW, "ada")
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -187,7 +187,7 @@ def test_answers_of_the_model_as_labels_of_a_further_output_are_a_loop(
 
 def test_a_command_for_the_device_names_the_outputs() -> None:
     given = [Label(1, None, "PEN"), Label(1, None, "0.5", output="wear")]
-    [(_, _, columns)] = labels.split_labels(given)
+    [(_, _, columns)] = given_labels.split_labels(given)
     assert json.loads(columns)["output"] == ["", "wear"]
-    [(_, _, columns)] = labels.split_labels(given[:1])
+    [(_, _, columns)] = given_labels.split_labels(given[:1])
     assert "output" not in json.loads(columns)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from outstation.device import newest
 from outstation.device.cli.data import results
-from outstation.device.intake import labels as intake
+from outstation.device.intake import label_intake as intake
 from outstation.device.pipeline import label_metrics, labelled_output
 from outstation.device.store import predictions
 from outstation.device.store.predictions import output_key
@@ -21,7 +21,7 @@ from outstation.fleet.database.dashboard import results as result_statements
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.drift.survey import summarize_drift
-from outstation.fleet.labelling import labels
+from outstation.fleet.labelling import given_labels
 from outstation.ml.performance.labels import Label
 from outstation.protocol.wire.messages import QualityPayload
 from tests.kit import multi_output_device
@@ -117,7 +117,7 @@ def test_labels_at_the_collector_give_the_metrics_of_the_device(
     )
     given = [Label(row, None, text, output=output) for row, text in newest_labels(device, output)]
     with collected.transaction() as db:
-        outcome = labels.add(db, "pi-07", "tiny", given, "2026-11-28T13:00:00Z", "eva")
+        outcome = given_labels.add(db, "pi-07", "tiny", given, "2026-11-28T13:00:00Z", "eva")
     metrics = (outcome.further[output] if output else outcome).metrics
     assert outcome.rejected == {}
     assert len(metrics) >= 3

@@ -16,7 +16,7 @@ from outstation.fleet.rollout.actions import RolloutOperator
 from outstation.fleet.rollout.journal import Rollout
 from outstation.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
 from outstation.fleet.rollout.publisher import RolloutPublisher
-from outstation.fleet.rollout.status import RolloutSnapshot, load_snapshot
+from outstation.fleet.rollout.rollout_status import RolloutSnapshot, load_snapshot
 from outstation.foundation import clock
 from outstation.foundation.errors import LinkDown, StorageError
 from outstation.protocol.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt

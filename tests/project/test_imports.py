@@ -76,7 +76,7 @@ ONLY = {
         ),
         *(
             f"outstation.fleet.repository.{name}"
-            for name in ("key_rotation", "revoke", "root_rotation", "status", "trust")
+            for name in ("key_rotation", "revoke", "root_rotation", "repository_status", "trust")
         ),
         "outstation.device.rollout.fetch.tuf_client",
     },

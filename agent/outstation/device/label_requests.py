@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from outstation.device.store import labels as label_store
-from outstation.device.store import predictions
+from outstation.device.store import label_store, predictions
 from outstation.device.store.predictions import StoredPredictions
 from outstation.device.store.store import Store
 from outstation.foundation import clock

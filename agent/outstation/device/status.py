@@ -21,8 +21,7 @@ from outstation.device.machine.timekeeping import build_report, make_clock
 from outstation.device.pipeline import relearn, tuning_cache
 from outstation.device.recovery.report_findings import inspect_condition
 from outstation.device.samples import budget
-from outstation.device.store import cost, task_keys
-from outstation.device.store import labels as label_store
+from outstation.device.store import cost, label_store, task_keys
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.predictions import list_stored_outputs, output_key
 from outstation.device.store.store import Store

@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from outstation.fleet.database.interface import Connection
-from outstation.fleet.database.labelling import labels
-from outstation.fleet.database.labelling.labels import TaskLog
+from outstation.fleet.database.labelling import labelled_results
+from outstation.fleet.database.labelling.labelled_results import TaskLog
 from outstation.foundation import decoders
 from outstation.foundation.errors import MessageRefused
 from outstation.ml.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR, LabelSchema, parse_anomaly
@@ -79,7 +79,7 @@ def load_bundle_runs(db: Connection, key: TaskLog) -> dict[int, BundleRun]:
     device, task, log = key
     runs: dict[int, BundleRun] = {}
     by_digest: dict[str, BundleRun] = {}
-    for seq, payload in labels.stream_results_messages(db, device, log):
+    for seq, payload in labelled_results.stream_results_messages(db, device, log):
         try:
             body = decode(payload)
         except MessageRefused:
@@ -102,7 +102,7 @@ def resolve_label_schema(
     bundle nor a result has the further output.
     """
     device, task, _ = key
-    for payload in labels.load_audit_payloads(db, device, digest):
+    for payload in labelled_results.load_audit_payloads(db, device, digest):
         try:
             body = decode(payload)
             evidence = body.evidence if isinstance(body, AuditPayload) else None
@@ -122,7 +122,7 @@ def resolve_label_schema(
 
 
 def _infer_schema(db: Connection, key: TaskLog, texts: Sequence[str]) -> BundleLabelSchema:
-    predicted = tuple(labels.load_result_labels(db, key))
+    predicted = tuple(labelled_results.load_result_labels(db, key))
     if predicted:
         return BundleLabelSchema(_guess_class_schema(predicted), False)
     return BundleLabelSchema(_guess_number_schema(texts), False)
@@ -130,7 +130,7 @@ def _infer_schema(db: Connection, key: TaskLog, texts: Sequence[str]) -> BundleL
 
 def _infer_further_schema(db: Connection, key: TaskLog, texts: Sequence[str], output: str) -> BundleLabelSchema | None:
     predicted, has_values = set[str](), False
-    for result in labels.load_further_results(db, key, output):
+    for result in labelled_results.load_further_results(db, key, output):
         has_values |= result.value is not None
         if result.label is not None:
             predicted.add(result.label)

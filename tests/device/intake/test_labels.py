@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outstation.device.intake import labels
+from outstation.device.intake import label_intake
 from outstation.device.intake.protocol import LineParser
 from outstation.device.machine import secret_file
-from outstation.device.store import labels as labelled
-from outstation.device.store.labels import StoredLabel
+from outstation.device.store import label_store as labelled
+from outstation.device.store.label_store import StoredLabel
 from outstation.device.store.predictions import StoredPredictions
 from outstation.foundation.errors import RowRejected
 from outstation.ml.performance.labels import Label, LabelSchema, LabelTarget
@@ -158,7 +158,7 @@ def test_labels_that_find_no_room_are_turned_away_to_come_again(
 )
 def test_any_json_is_labels_or_a_rejection(line: dict[str, Any]) -> None:
     try:
-        lot = labels.parse_line(msgspec.json.encode(line))
+        lot = label_intake.parse_line(msgspec.json.encode(line))
     except (RowRejected, msgspec.MsgspecError, ValueError):
         return
     assert len(lot.labels) + len(lot.rejected) >= 1

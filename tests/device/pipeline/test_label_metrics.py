@@ -18,14 +18,14 @@ from outstation.device.batch_parts.drift_state import RestoredDrift
 from outstation.device.batch_parts.task_plan import TaskPlan
 from outstation.device.batch_parts.window_part import list_contradicted
 from outstation.device.bootstrap.assembly import assemble_task
-from outstation.device.intake import labels
+from outstation.device.intake import label_intake
 from outstation.device.own_messages import OwnMessages
 from outstation.device.pipeline import batch, label_metrics, labelled_output
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.recovery.open import open_store
-from outstation.device.store import labels as labelled
+from outstation.device.store import label_store as labelled
 from outstation.device.store import task_keys
-from outstation.device.store.labels import LabelStore
+from outstation.device.store.label_store import LabelStore
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.predictions import StoredPredictions
 from outstation.device.store.rows import Rows
@@ -116,7 +116,7 @@ class Device:
         requested = labelled_output.build_label_targets([self.task])["tiny"]
         with self.store.transaction() as tx:
             return [
-                labels.store_label(
+                label_intake.store_label(
                     tx, "tiny", requested, replace(truth.parse_label(row, None, text(row), source), by=by), self.now
                 )
                 for row in rows

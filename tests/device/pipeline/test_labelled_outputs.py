@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from outstation.device import metrics, status
+from outstation.device import prometheus_metrics, status
 from outstation.device.batch_parts.batch_part import Batch
 from outstation.device.batch_parts.label_part import LabelPart
 from outstation.device.bundles import history
 from outstation.device.capacity.space import SpaceManager
 from outstation.device.config.config import Config
 from outstation.device.config.device import BufferConfig, DeviceConfig
-from outstation.device.intake import labels as intake
+from outstation.device.intake import label_intake as intake
 from outstation.device.pipeline import label_metrics, labelled_output
-from outstation.device.store import labels as label_store
-from outstation.device.store import predictions
+from outstation.device.store import label_store, predictions
 from outstation.device.store.message_log import PendingMessage
 from outstation.device.store.predictions import output_key
 from outstation.foundation.clock import ClockReading
@@ -115,7 +114,7 @@ def test_status_and_prometheus_show_the_quality_of_each_output(
     assert task["outputs"]["wear"]["labels"]["truth"] == len(answers(outputs_device, "wear"))
     [mae] = [each for each in task["outputs"]["wear"]["quality"]["metrics"] if each["metric"] == "mae"]
     assert mae["value"] == pytest.approx(2, abs=1e-4)
-    families = {family.name: family.samples for family in metrics._build_task_families({"tasks": [task]})}
+    families = {family.name: family.samples for family in prometheus_metrics._build_task_families({"tasks": [task]})}
     assert ({"task": "tiny", "output": "wear", "metric": "mae"}, mae["low"]) in families["outstation_task_quality_low"]
     assert ({"task": "tiny", "kind": "truth"}, 7) in families["outstation_task_labels"]
 
@@ -175,7 +174,7 @@ def test_a_label_that_arrives_before_its_result_joins_that_of_its_output(outputs
 def test_a_flood_of_early_labels_of_one_output_counts_against_the_limit_of_the_task(
     outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outstation.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
+    monkeypatch.setattr("outstation.device.store.label_store.MAX_OPEN_EARLY_LABELS", 3)
     outputs_device.feed(waves(200))
     refused = send(outputs_device, *((row, "1", "wear") for row in range(100, 103)), (104, "hot", "flags"))
     assert list(refused) == [3]
@@ -193,7 +192,7 @@ def drop_wear(device: Device) -> None:
 def test_early_labels_of_an_output_that_the_bundle_dropped_give_up_their_places(
     outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outstation.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
+    monkeypatch.setattr("outstation.device.store.label_store.MAX_OPEN_EARLY_LABELS", 3)
     outputs_device.feed(waves(200))
     assert send(outputs_device, *((row, "1", "wear") for row in (100, 104, 108))) == {}
     assert send(outputs_device, (96, "hot", "flags")) == {
@@ -234,8 +233,8 @@ def test_labels_of_the_first_output_may_take_the_whole_capacity(
     multi_output_device.feed(outputs_device, 1, 1200)
     assert send(outputs_device, *truth_of(outputs_device, "")) == {}
     count = outputs_device.store.query(label_store.count_labels, "tiny").truth
-    monkeypatch.setattr("outstation.device.store.labels.MAX_LABELS", count)
-    monkeypatch.setattr("outstation.device.store.labels._MIN_OUTPUT_LABELS", 1)
+    monkeypatch.setattr("outstation.device.store.label_store.MAX_LABELS", count)
+    monkeypatch.setattr("outstation.device.store.label_store._MIN_OUTPUT_LABELS", 1)
     tasks = {"tiny": outputs_device.task.config}
     conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": outputs_device.stream}, tasks=tasks)
     SpaceManager(conf, outputs_device.store, outputs_device.author, lambda _: None, set).tick(NOW)

@@ -18,7 +18,7 @@ from outstation import __version__
 from outstation.device.recovery import migrate, open
 from outstation.device.recovery.open import find_file_system, open_store, require_local
 from outstation.device.recovery.report_findings import inspect_condition
-from outstation.device.store import labels
+from outstation.device.store import label_store
 from outstation.device.store.predictions import StoredPredictions
 from outstation.device.store.store import Store
 from outstation.device.store.tables import schema
@@ -154,7 +154,7 @@ def check_content(store: Store) -> None:
     assert served(store) == {n: n for n in range(1, 31)}
     assert [message.seq for message in store.unacknowledged_messages(0, 10)] == [3, 4, 5]
     assert (store.backlog().messages, store.cursor("judge"), store.source_position("files", "a.csv")) == (3, 25, 17)
-    [label] = store.query(labels.load_labelled, "judge", "sha256:a", 1, 10)
+    [label] = store.query(label_store.load_labelled, "judge", "sha256:a", 1, 10)
     assert (label.label, label.prediction.row) == ("high", 2)
 
 

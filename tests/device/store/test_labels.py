@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outstation.device.recovery.open import open_store
-from outstation.device.store import labels
-from outstation.device.store.labels import label_capacity
+from outstation.device.store import label_store
+from outstation.device.store.label_store import label_capacity
 from outstation.device.store.predictions import (
     PredictionRow,
     PredictionSpan,
@@ -92,7 +92,7 @@ def test_a_label_copies_the_bin_of_its_prediction_and_an_earlier_label_has_none(
         record = msgspec.msgpack.decode(data)
         del record[3]["expected_bin"]
         tx.connection.execute("UPDATE labels SET data = ? WHERE number = ?", (msgspec.msgpack.encode(record), number))
-    stored = store.query(labels.load_labelled, "judge", "sha256:a", 9, 9)
+    stored = store.query(label_store.load_labelled, "judge", "sha256:a", 9, 9)
     assert [label.prediction.expected_bin for label in stored] == [31, None]
 
 
@@ -171,7 +171,7 @@ def test_a_label_of_a_row_that_has_one_takes_its_place_and_counts_anew(store: St
         assert result is not None
         put = [tx.labels.store_label("judge", Label(15, None, text), result, 1) for text in ("a", "a", "b")]
     assert put == ["new", "same", "replaced"]
-    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
+    value_read = store.query(label_store.load_labelled, "judge", "sha256:a", 10, 10)
     assert [(item.number, item.first_number, item.label) for item in value_read] == [(2, 1, "b")]
 
 
@@ -185,7 +185,7 @@ def test_replaced_labels_do_not_push_out_more_labels_than_necessary(store: Store
                 tx.labels.store_label("judge", Label(row, None, text), result, 1)
         tx.labels.trim_labels(["judge"], 120, 1000)
         tx.labels.trim_labels(["judge"], 100, 1000)
-    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
+    value_read = store.query(label_store.load_labelled, "judge", "sha256:a", 1000, 1000)
     assert [(item.number, item.first_number) for item in value_read] == [(100 + i, i) for i in range(1, 101)]
 
 
@@ -196,7 +196,7 @@ def test_a_label_outlives_the_result_it_is_of(store: Store) -> None:
         assert result is not None
         tx.labels.store_label("judge", Label(15, None, "a"), result, 7)
         tx.labels.trim_predictions("judge", 10**9, 100)
-    [value_read] = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
+    [value_read] = store.query(label_store.load_labelled, "judge", "sha256:a", 10, 10)
     assert (value_read.prediction, value_read.received, value_read.source) == (result, 7, "human")
 
 
@@ -208,7 +208,7 @@ def test_trimming_leaves_the_newest_labels(store: Store) -> None:
             assert result is not None
             tx.labels.store_label("judge", Label(row, None, "a"), result, 1)
         tx.labels.trim_labels(["judge"], 30, 1000)
-    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
+    value_read = store.query(label_store.load_labelled, "judge", "sha256:a", 1000, 1000)
     assert [item.number for item in value_read] == list(range(71, 101))
 
 
@@ -220,7 +220,7 @@ def test_a_flood_of_labels_without_an_author_pushes_out_none_with_one(store: Sto
             assert result is not None
             tx.labels.store_label("judge", Label(row, None, "a", by="eva" if row <= 100 else ""), result, 1)
         tx.labels.trim_labels(["judge"], 30, 1000)
-    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
+    value_read = store.query(label_store.load_labelled, "judge", "sha256:a", 1000, 1000)
     assert [item.number for item in value_read] == [*range(1, 21), *range(91, 101)]
 
 
@@ -241,7 +241,7 @@ def trim_all(store: Store, capacity: int) -> list[int]:
     for _ in range(100):
         with store.transaction() as tx:
             tx.labels.trim_labels(OUTPUTS, capacity, 70)
-        before, counts = counts, [store.query(labels.count_labels, task).truth for task in OUTPUTS]
+        before, counts = counts, [store.query(label_store.count_labels, task).truth for task in OUTPUTS]
         if counts == before:
             return counts
     raise AssertionError("trimming goes on")
@@ -260,23 +260,23 @@ def trim_all(store: Store, capacity: int) -> list[int]:
 def test_outputs_share_one_capacity_and_those_with_most_labels_lose_the_oldest(
     store: Store, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], capacity: int, left: list[int]
 ) -> None:
-    monkeypatch.setattr(labels, "_MIN_OUTPUT_LABELS", 40)
+    monkeypatch.setattr(label_store, "_MIN_OUTPUT_LABELS", 40)
     for task, count in zip(OUTPUTS, counts, strict=True):
         put_labels(store, count, task)
     assert trim_all(store, capacity) == left
-    newest = [item.number for item in store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)]
+    newest = [item.number for item in store.query(label_store.load_labelled, "judge", "sha256:a", 1000, 1000)]
     assert newest == [*range(counts[0] - left[0] + 1, counts[0] + 1)]
 
 
 def test_a_flood_of_labels_of_other_outputs_pushes_out_no_label_with_an_author(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labels, "_MIN_OUTPUT_LABELS", 20)
+    monkeypatch.setattr(label_store, "_MIN_OUTPUT_LABELS", 20)
     put_labels(store, 90, "judge", by="eva")
     for task in OUTPUTS:
         put_labels(store, 150, task)
     assert trim_all(store, 100) == [93, 20, 20]
-    assert store.query(labels.count_labels, "judge").authenticated == 90
+    assert store.query(label_store.count_labels, "judge").authenticated == 90
     # Authors share the capacity among themselves.
     put_labels(store, 80, OUTPUTS[1], by="eva")
     assert trim_all(store, 100) == [50, 50, 20]
@@ -284,7 +284,7 @@ def test_a_flood_of_labels_of_other_outputs_pushes_out_no_label_with_an_author(
 
 @given(st.lists(st.integers(0, 50), max_size=8), st.integers(0, 200))
 def test_a_shared_capacity_is_used_up_and_never_exceeded(counts: list[int], capacity: int) -> None:
-    share = labels.share_capacity(counts, capacity)
+    share = label_store.share_capacity(counts, capacity)
     total = sum(min(count, share) for count in counts)
     assert total <= capacity
     assert total == sum(counts) or sum(min(count, share + 1) for count in counts) > capacity
@@ -298,8 +298,8 @@ def test_labels_take_a_small_share_of_any_store(pages: int) -> None:
 
 
 def test_too_many_early_labels_are_turned_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "MAX_EARLY_LABELS", 4)
-    monkeypatch.setattr(labels, "MAX_OPEN_EARLY_LABELS", 3)
+    monkeypatch.setattr(label_store, "MAX_EARLY_LABELS", 4)
+    monkeypatch.setattr(label_store, "MAX_OPEN_EARLY_LABELS", 3)
     with store.transaction() as tx:
         put = [tx.labels.store_early_label("judge", Label(row, None, "a"), 1, 1.0) for row in range(1, 6)]
         by_eva = [tx.labels.store_early_label("judge", Label(6, None, "a", by="eva"), 1, 1.0) for _ in range(2)]

@@ -26,9 +26,9 @@ from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.dataset import data_files, gather
 from outstation.fleet.dataset.gather import Gathered, LabelledOutput, Recording, Selection
-from outstation.fleet.dataset.labels import RowLabel
+from outstation.fleet.dataset.sample_labels import RowLabel
 from outstation.fleet.enrolment.enrol import init_fleet
-from outstation.fleet.labelling import labels
+from outstation.fleet.labelling import given_labels
 from outstation.foundation.errors import UsageError
 from outstation.ml.performance.labels import Label
 from outstation.protocol.transport import sample_content, sealing
@@ -94,7 +94,7 @@ def export(home: Path, out: Path, *arguments: str) -> dict[str, Any]:
 
 def label(home: Path, entries: Sequence[tuple[int, str, str]], now: str = BEFORE) -> None:
     with opened(home) as store, store.transaction() as db:
-        outcome = labels.add(
+        outcome = given_labels.add(
             db, "pi-07", TASK, [Label(row, None, text, source) for row, text, source in entries], now, "mira"
         )
         assert not outcome.rejected
@@ -342,7 +342,7 @@ def test_both_databases_give_the_same_set(fresh: Callable[[], FleetStore]) -> No
     reordered = [sender.verify(item) for item in (sealed, *sent, again(sender, sealed))]
     store.ingest([Arrival(message) for message in reordered], [], BEFORE)
     with store.transaction() as db:
-        labels.add(db, sender.device, TASK, [Label(1, None, "PEN")], BEFORE, "mira")
+        given_labels.add(db, sender.device, TASK, [Label(1, None, "PEN")], BEFORE, "mira")
     selection = Selection(FLEET, TASK, BEFORE, "0001", "9999")
     with store.snapshot() as db:
         gathered = gather.gather(db, selection, Opener([key]))

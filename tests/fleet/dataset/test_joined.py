@@ -30,7 +30,7 @@ from outstation.fleet.dataset import data_files
 from outstation.fleet.dataset.gather import Gathered, Recording
 from outstation.fleet.dataset.joined import JoinedRows
 from outstation.fleet.enrolment.enrol import init_fleet
-from outstation.fleet.labelling import labels
+from outstation.fleet.labelling import given_labels
 from outstation.ml.model.activation import LoadedBundle
 from outstation.ml.model.bundle import bundle
 from outstation.ml.model.inference import runtime
@@ -172,7 +172,7 @@ def test_a_set_gives_the_bits_that_the_device_computed(
     assert len(device.samples()) == len(chosen)
     assert audit(store).passed
     with store.transaction() as db:
-        labels.add(
+        given_labels.add(
             db, "pi-07", "tiny", [Label(row, None, "left" if row % 8 else "rest", "human") for row in chosen], TIME, "m"
         )
     store.close()

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from outstation.fleet.dataset import card, poisoning
 from outstation.fleet.dataset.gather import Gathered, LabelledOutput, Recording
-from outstation.fleet.dataset.labels import RowLabel
+from outstation.fleet.dataset.sample_labels import RowLabel
 
 PEOPLE = ("mira", "juri", "anna", "tariq", "lena")
 

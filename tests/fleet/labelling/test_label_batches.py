@@ -6,8 +6,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outstation.device.intake import labels
-from outstation.fleet.labelling.labels import split_labels
+from outstation.device.intake import label_intake
+from outstation.fleet.labelling.given_labels import split_labels
 from outstation.ml.performance.labels import SOURCES, Label
 from outstation.protocol.wire.commands import MAX_ARGUMENT_LENGTH
 
@@ -24,7 +24,7 @@ def test_a_device_reads_all_labels_from_the_commands(sample: list[Label], times:
     for first, end, text in split_labels(given_):
         assert len(text) <= MAX_ARGUMENT_LENGTH
         assert first == len(taken)
-        lot = labels.parse_columns("task", msgspec.json.decode(text))
+        lot = label_intake.parse_columns("task", msgspec.json.decode(text))
         assert lot.rejected == {}
         taken += lot.labels
         assert end == len(taken)

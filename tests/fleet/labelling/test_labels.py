@@ -12,10 +12,10 @@ import pytest
 
 from outstation.fleet.bundle_history import BundleLabelSchema
 from outstation.fleet.database.ingest import Arrival
-from outstation.fleet.database.labelling.labels import LabelledResult
+from outstation.fleet.database.labelling.labelled_results import LabelledResult
 from outstation.fleet.database.store import FleetStore
-from outstation.fleet.labelling import labels
-from outstation.fleet.labelling.labels import LabelOutcome
+from outstation.fleet.labelling import given_labels
+from outstation.fleet.labelling.given_labels import LabelOutcome
 from outstation.ml.performance.labels import Label, LabelSchema
 from outstation.workbench.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 
@@ -43,7 +43,7 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
 
 def take(store: FleetStore, *given: Label) -> LabelOutcome:
     with store.transaction() as db:
-        return labels.add(db, SENDER.device, SENDER.task, given, NOW, "eva")
+        return given_labels.add(db, SENDER.device, SENDER.task, given, NOW, "eva")
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -109,7 +109,7 @@ def test_rows_count_anew_in_a_new_log_and_labels_are_of_that_one(store: FleetSto
 
 def test_without_results_nothing_can_be_joined(store: FleetStore) -> None:
     with pytest.raises(ValueError, match="no results of task 'other'"), store.transaction() as db:
-        labels.add(db, SENDER.device, "other", [Label(1, None, "PEN")], NOW, "eva")
+        given_labels.add(db, SENDER.device, "other", [Label(1, None, "PEN")], NOW, "eva")
 
 
 def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:
@@ -149,7 +149,7 @@ def test_each_distinct_text_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(LabelSchema, "parse", parse)
     schema = BundleLabelSchema(classes, True)
     results = [LabelledResult("PEN", "human", text, 0.9, None, 1) for text in ("PEN", "ABD", "made up", None)] * 50
-    accuracy = next(each for each in labels.compute_label_metrics(schema, results) if each.metric == "accuracy")
+    accuracy = next(each for each in given_labels.compute_label_metrics(schema, results) if each.metric == "accuracy")
     assert (accuracy.n, accuracy.value) == (100, 0.5)
     assert sorted(call.args[0] for call in parse.call_args_list) == ["", "ABD", "PEN", "made up"]
 
@@ -178,7 +178,7 @@ def test_results_without_a_label_are_of_a_model_that_may_give_several(
         store.ingest([Arrival(sender.verify(results))], [], NOW)
         with store.transaction() as db:
             texts = [Label(row, None, text) for row, text in zip(rows, given, strict=True)]
-            outcome = labels.add(db, sender.device, sender.task, texts, NOW, "eva")
+            outcome = given_labels.add(db, sender.device, sender.task, texts, NOW, "eva")
     assert (outcome.accepted, outcome.rejected) == (len(rows), {})
     assert [each.slice for each in outcome.metrics if each.metric == "f1"] == [f"class={name}" for name in classes]
 

@@ -12,7 +12,7 @@ from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.labelling import verdicts as table
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.incidents.incidents import IncidentFilter, list_incidents
-from outstation.fleet.labelling import candidates, feedback_loops, labels, verdicts
+from outstation.fleet.labelling import candidates, feedback_loops, given_labels, verdicts
 from outstation.fleet.labelling.verdicts import Judge, Judgement
 from outstation.foundation.errors import UsageError
 from outstation.ml.performance.labels import Label
@@ -90,7 +90,7 @@ def test_a_verdict_is_a_label_with_its_author_and_the_answer(store: FleetStore) 
 def test_verdicts_and_ground_truth_have_metrics_of_their_own(store: FleetStore) -> None:
     answers_by_row = answers(store)
     with store.transaction() as db:
-        labels.add(
+        given_labels.add(
             db, SENDER.device, SENDER.task, [Label(row, None, answers_by_row[row]) for row in range(1, 31)], NOW, "lab"
         )
     for row in range(41, 51):
@@ -217,7 +217,7 @@ def test_labels_with_the_source_model_are_a_feedback_loop(store: FleetStore) -> 
     answers_by_row = answers(store)
     with store.transaction() as db:
         own = [Label(row, None, answers_by_row[row], "model") for row in range(1, 31)]
-        labels.add(db, SENDER.device, SENDER.task, own, NOW, "pipeline")
+        given_labels.add(db, SENDER.device, SENDER.task, own, NOW, "pipeline")
     with store.snapshot() as db:
         [warning] = feedback_loops.find(db)
     assert (warning["kind"], warning["own"], warning["n"]) == ("own_answers", 30, 30)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from outstation.fleet.repository import expiry, key_rotation, mirror, revoke, status, upkeep
+from outstation.fleet.repository import expiry, key_rotation, mirror, repository_status, revoke, upkeep
 from outstation.foundation.errors import StorageError, UsageError
 from tests.kit.repositories import Client, Depot, served, version
 
@@ -82,7 +82,7 @@ def test_after_a_cut_at_any_write_devices_are_served(tmp_path: Path, made: Path,
                 assert device.fetch_target(first.target) or (name == "revoke" and "timestamp.json" in written)
             if cut and not (name == "revoke" and "timestamp.json" in written):
                 act(depot, second)
-            listed = [held.target for held in status.read(depot.folder).bundles]
+            listed = [held.target for held in repository_status.read(depot.folder).bundles]
             assert any(target.startswith(prefix) for target in listed) or not prefix
             for device in (client, fresh):
                 assert [bool(device.fetch_target(target)) for target in listed] == [True] * len(listed)
@@ -109,7 +109,7 @@ def test_a_lost_key_is_replaced_after_a_cut_at_any_write(tmp_path: Path, made: P
                 pass
             patch.undo()
             if cut:
-                status.read(depot.folder)
+                repository_status.read(depot.folder)
                 key_rotation.rotate(depot.folder, role)
             assert client.fetch_target(done.target)
         step += 1
@@ -159,7 +159,7 @@ def test_an_interrupted_creation_is_completed(tmp_path: Path) -> None:
                 pass
         if depot.layout.newest_root_path() is None:
             depot.create(roots=2)
-        assert status.read(depot.folder).ok
+        assert repository_status.read(depot.folder).ok
         assert len(list(depot.layout.keys.glob("*.key"))) == 5
         step += 1
     # Two files for each of five keys, and one for each of four roles; before and after each.

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 
-from outstation.fleet.repository import create, edition, expiry, key_rotation, revoke, root_rotation, status, upkeep
+from outstation.fleet.repository import (
+    create,
+    edition,
+    expiry,
+    key_rotation,
+    repository_status,
+    revoke,
+    root_rotation,
+    upkeep,
+)
 from outstation.fleet.repository.keys import RepositoryKeyring
 from outstation.fleet.repository.publish import build_archive
 from outstation.foundation.errors import BadBundle, StorageBusy, StorageError, UsageError
@@ -71,7 +80,7 @@ def test_each_bundle_has_its_own_role_and_key(tmp_path: Path, depot: Depot, clie
     first, second = depot.publish(made), depot.publish(version(tmp_path, made, "1.0.0", "other"))
     assert client.fetch_target(first.target)
     assert client.fetch_target(second.target)
-    roles = {role.role: role for role in status.read(depot.folder).roles}
+    roles = {role.role: role for role in repository_status.read(depot.folder).roles}
     assert roles["tiny"].keys != roles["other"].keys
     assert roles["tiny"].version == 1
 
@@ -165,12 +174,12 @@ def test_a_threshold_that_cannot_be_met_is_refused(tmp_path: Path, count: int, t
 def test_an_old_device_follows_three_root_rotations(depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
     client.fetch_target()
-    first = status.read(depot.folder).roles[0].keys
+    first = repository_status.read(depot.folder).roles[0].keys
     for number in (2, 3, 4):
         assert key_rotation.rotate(depot.folder, "root").new == f"root-{number}"
         (depot.layout.keys / f"root-{number - 1}.key").unlink()
     assert client.fetch_target(done.target)
-    [root] = [role for role in status.read(depot.folder).roles if role.role == "root"]
+    [root] = [role for role in repository_status.read(depot.folder).roles if role.role == "root"]
     assert (root.version, [key.name for key in root.keys]) == (4, ["root-4"])
     assert root.keys != first
 
@@ -346,11 +355,11 @@ def test_daily_refreshes_prevent_expiry(depot: Depot, client: Client) -> None:
         upkeep.refresh_daily(depot.folder, start + timedelta(days=day))
         assert upkeep.refresh_daily(depot.folder, start + timedelta(days=day, hours=1)) is None
     last_day = start + timedelta(days=59)
-    report = status.read(depot.folder, last_day)
+    report = repository_status.read(depot.folder, last_day)
     days_left = {role.role: role.days_left for role in report.roles}
     assert (report.ok, days_left["timestamp"]) == (True, 28)
     assert days_left["snapshot"] >= 27
-    late = status.read(depot.folder, last_day + timedelta(days=29))
+    late = repository_status.read(depot.folder, last_day + timedelta(days=29))
     assert late.ok is False
     assert [line for line in late.reminders if "timestamp has expired, so devices install nothing" in line]
     client.fetch_target()
@@ -372,7 +381,7 @@ def test_targets_without_their_key_give_a_reminder(depot: Depot, made: Path) -> 
     (depot.layout.keys / "targets-1.key").unlink()
     later = expiry.now() + timedelta(days=309, hours=12)
     assert upkeep.refresh(depot.folder, now=later).roles == ["tiny", "snapshot", "timestamp"]
-    [reminder] = status.read(depot.folder, later).reminders
+    [reminder] = repository_status.read(depot.folder, later).reminders
     assert "targets expires in 55 days" in reminder
 
 

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from outstation.fleet import config as fleet_config
 from outstation.fleet.audit.audit import audit, audit_from_checkpoint
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.audit.checkpoint import CheckpointFolder
-from outstation.fleet.audit.report import AuditReport
 from outstation.fleet.cli.group import fleet
 from outstation.fleet.database.ingest import Arrival
 from outstation.fleet.database.maintenance import pruning

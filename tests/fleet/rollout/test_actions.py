@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outstation.fleet.audit.audit import audit
-from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.commands import COUNTER_FILE
 from outstation.fleet.rollout import actions, journal
 from outstation.fleet.rollout.controller import REPUBLISH_EVERY_S, RolloutController

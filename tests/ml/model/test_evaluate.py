@@ -20,7 +20,7 @@ from outstation.ml.model.inference import tuning
 from outstation.workbench.authoring import pack
 from outstation.workbench.cli.model import evaluation_tables
 from outstation.workbench.cli.model.group import model as command
-from outstation.workbench.evaluation import cards, report
+from outstation.workbench.evaluation import cards, evaluation_report
 from outstation.workbench.evaluation.document import Evaluation
 from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, MODELS, REGRESS, Recipe, change, packed, write_spec
 from tests.kit.evaluations import evaluated
@@ -223,7 +223,7 @@ def test_other_kinds_are_measured_and_reported(tmp_path: Path, recipe: Recipe) -
         "saturated",
         "swapped",
     }
-    page = Page(report.render_html(evaluation))
+    page = Page(evaluation_report.render_html(evaluation))
     assert len(page.pictures) >= 8
 
 
@@ -255,7 +255,7 @@ def test_latency_is_reported_with_the_machine_and_the_float_model(
     theirs = whole.float_comparison.latency
     assert [p.batch for p in theirs] == [p.batch for p in whole.latency]
     evaluation_tables.print_evaluation(whole)
-    for text in (" ".join(Page(report.render_html(whole)).texts), capsys.readouterr().out):
+    for text in (" ".join(Page(evaluation_report.render_html(whole)).texts), capsys.readouterr().out):
         assert tuning.describe_machine() in text
         assert all(f"{p.p50_ms:g}" in text for p in (*whole.latency, *theirs))
 
@@ -331,7 +331,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_loads_nothing_and_runs_nothing(whole: Evaluation) -> None:
-    text = report.render_html(whole)
+    text = evaluation_report.render_html(whole)
     page = Page(text)
     assert page.resources == []
     assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
@@ -351,7 +351,7 @@ def test_names_that_are_markup_stay_text(whole: Evaluation) -> None:
     spoilt = json.loads(json.dumps(data).replace("left", evil.replace('"', "'")).replace("site=s0", f"site={evil[:8]}"))
     evaluation = msgspec.convert(spoilt, Evaluation)
     for text in (
-        report.render_html(evaluation),
+        evaluation_report.render_html(evaluation),
         *(card.to_html() for card in cards.build_cards(evaluation, cards.CardTexts()).values()),
     ):
         page = Page(text)

@@ -4,7 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from outstation.fleet.dataset.labels import parse_numbers
+from outstation.fleet.dataset.sample_labels import parse_numbers
 from outstation.foundation.text import csv_text
 from outstation.ml.performance import labels
 from outstation.ml.performance.labels import SEPARATOR, LabelSchema

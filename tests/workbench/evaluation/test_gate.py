@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from outstation.foundation.errors import ConfigError, UsageError
 from outstation.ml.model.bundle import bundle
 from outstation.workbench.cli.model.group import model as command
-from outstation.workbench.evaluation import gate, label_quality, report, small_cells
+from outstation.workbench.evaluation import evaluation_report, gate, label_quality, small_cells
 from outstation.workbench.evaluation.context import EvaluationRequest
 from outstation.workbench.evaluation.document import Evaluation
 from scripts.kit.bundles import CLASSIFY, KEY, LABELS, REGRESS, packed
@@ -177,11 +177,13 @@ def test_any_text_is_a_requirement_or_is_refused(text: str) -> None:
 
 def test_the_report_of_a_closed_gate_begins_with_what_is_not_met(evaluation: Evaluation) -> None:
     results = gate.check(gate.read_gate(("accuracy >= 0.1", "accuracy > 1")), evaluation)
-    page = report.render_html(replace(evaluation, requirements=results, warnings=[]))
+    page = evaluation_report.render_html(replace(evaluation, requirements=results, warnings=[]))
     assert "Look at this" in page
     assert "accuracy &gt; 1: failed." in page
     assert "Nothing of concern" not in page
-    assert "Nothing of concern" in report.render_html(replace(evaluation, requirements=results[:1], warnings=[]))
+    assert "Nothing of concern" in evaluation_report.render_html(
+        replace(evaluation, requirements=results[:1], warnings=[])
+    )
 
 
 def test_a_file_holds_requirements_and_limits(tmp_path: Path, evaluation: Evaluation) -> None:

@@ -11,7 +11,14 @@ import pytest
 from outstation.ml.datasets.tables import BLOCK_BYTES
 from outstation.ml.model.inference import scores
 from outstation.ml.model.inference.inference import Inference
-from outstation.workbench.evaluation import bootstrap, examples, metrics, predictions, report, sensitivity
+from outstation.workbench.evaluation import (
+    bootstrap,
+    evaluation_metrics,
+    evaluation_report,
+    examples,
+    predictions,
+    sensitivity,
+)
 from outstation.workbench.evaluation.predict.run import BatchPredictor
 from scripts.kit.bundles import SEVERAL, VECTORS, Recipe, packed
 from tests.kit.evaluations import evaluated, loaded
@@ -69,7 +76,7 @@ def test_block_size_changes_nothing_and_own_predictions_are_right(kind: str, tmp
         }
         name, value = perfect[result.manifest.label_kind]
         assert figures[name] == pytest.approx(value, abs=1e-5)
-        assert report.render_html(judged).startswith("<!doctype html>")
+        assert evaluation_report.render_html(judged).startswith("<!doctype html>")
 
 
 def test_a_multilabel_model_is_measured_by_label_and_as_a_whole(tmp_path: Path) -> None:
@@ -104,7 +111,7 @@ def test_sampled_windows_get_the_predictions_they_get_in_the_stream(tmp_path: Pa
         result.manifest, examples.predict(inference, source, windows.starts), windows.truth, None
     )[late]
     assert len(table.labelled) == len(late) == N - inference.history_rows > 0
-    assert table.baseline[0] == metrics.primary_metric("classify", whole, units.subset(late))[0] < 1.0
+    assert table.baseline[0] == evaluation_metrics.primary_metric("classify", whole, units.subset(late))[0] < 1.0
     assert result.manifest.input.history_rows == 19
 
 

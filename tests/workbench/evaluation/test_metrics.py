@@ -11,7 +11,7 @@ from outstation.ml.performance import intervals
 from outstation.ml.performance import metrics as quality
 from outstation.ml.performance.estimates import compute_metrics
 from outstation.ml.performance.metrics import LabelledPredictions
-from outstation.workbench.evaluation import bootstrap, metrics
+from outstation.workbench.evaluation import bootstrap, evaluation_metrics
 
 LABELS = ["a", "b", "c"]
 
@@ -37,7 +37,7 @@ def alone(n: int, off: np.ndarray[tuple[int], np.dtype[np.float64]] | None = Non
 def test_figures_are_those_that_devices_report(n: int, seed: int) -> None:
     pairs = classified(n, seed)
     reported = {(m.metric, m.slice): m.value for m in compute_metrics("classify", LABELS, pairs)}
-    report = metrics.compute("classify", LABELS, pairs, alone(n))
+    report = evaluation_metrics.compute("classify", LABELS, pairs, alone(n))
     for estimate in report.metrics:
         if (estimate.metric, "") in reported:
             assert estimate.value == pytest.approx(reported[estimate.metric, ""], rel=1e-5)
@@ -52,7 +52,7 @@ def test_numbers_are_measured_as_devices_do_also_far_from_zero() -> None:
     truth = np.asarray(1e6 + rng.normal(0, 1, 500), np.float64)
     pairs = LabelledPredictions(truth, value=np.asarray(truth + rng.normal(0.2, 0.5, 500), np.float64))
     reported = {m.metric: m.value for m in compute_metrics("regress", [], pairs)}
-    report = {m.metric: m for m in metrics.compute("regress", [], pairs, alone(500)).metrics}
+    report = {m.metric: m for m in evaluation_metrics.compute("regress", [], pairs, alone(500)).metrics}
     for name in ("mae", "rmse", "r2"):
         assert report[name].value == pytest.approx(reported[name], rel=1e-4)
     assert report["bias"].value == pytest.approx(0.2, abs=0.07)
@@ -62,7 +62,7 @@ def test_anomalies_are_ranked_and_judged_at_the_threshold() -> None:
     truth = np.array([0, 0, 0, 0, 1, 1], float)
     value = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7])
     pairs = LabelledPredictions(truth, predicted=(value > 0.75).astype(np.int64), value=value)
-    report = {m.metric: m.value for m in metrics.compute("anomaly", [], pairs, alone(6)).metrics}
+    report = {m.metric: m.value for m in evaluation_metrics.compute("anomaly", [], pairs, alone(6)).metrics}
     assert report["auc"] == pytest.approx(0.75)
     assert report["average_precision"] == pytest.approx((1 / 2 + 2 / 3) / 2, rel=1e-5)
     assert (report["precision"], report["recall"]) == (0.5, 0.5)
@@ -92,8 +92,8 @@ def test_an_interval_by_group_or_in_order_covers_what_one_of_shuffled_windows_do
             losses = np.where(right.ravel()[order], 0, 1)
             pairs = LabelledPredictions(np.zeros(2000), predicted=losses)
             units = bootstrap.build_units(losses.astype(np.float64), group, "person", seed)
-            report = metrics.primary_interval(
-                "classify", metrics.primary_metric("classify", pairs, units), pairs.truth, units
+            report = evaluation_metrics.primary_interval(
+                "classify", evaluation_metrics.primary_metric("classify", pairs, units), pairs.truth, units
             )
             assert report.low is not None
             assert report.high is not None
@@ -104,8 +104,8 @@ def test_an_interval_by_group_or_in_order_covers_what_one_of_shuffled_windows_do
 
 def test_all_right_is_not_certainly_all_right() -> None:
     pairs = LabelledPredictions(np.asarray(np.arange(40) % 2, np.float64), predicted=np.arange(40) % 2)
-    values = metrics.primary_metric("classify", pairs, alone(40))
-    report = metrics.primary_interval("classify", values, pairs.truth, alone(40))
+    values = evaluation_metrics.primary_metric("classify", pairs, alone(40))
+    report = evaluation_metrics.primary_interval("classify", values, pairs.truth, alone(40))
     low, high = intervals.wilson(1.0, 40)
     assert (report.value, report.high) == (1.0, high)
     assert report.low == pytest.approx(low, rel=1e-4)
@@ -122,7 +122,9 @@ def test_no_metric_is_certainly_perfect_because_few_results_are_right() -> None:
         "anomaly": LabelledPredictions(truth.astype(float), predicted=truth, value=truth.astype(float)),
     }
     for kind, pairs in perfect.items():
-        report = metrics.compute(kind, ["a", "b"] if kind == "classify" else ["a", "b", "c"], pairs, alone(40)).metrics
+        report = evaluation_metrics.compute(
+            kind, ["a", "b"] if kind == "classify" else ["a", "b", "c"], pairs, alone(40)
+        ).metrics
         assert len(report) >= 2
         for estimate in report:
             assert estimate.value == 1
@@ -133,18 +135,18 @@ def test_no_metric_is_certainly_perfect_because_few_results_are_right() -> None:
 def test_the_auc_of_a_robustness_curve_is_not_certainly_perfect() -> None:
     truth = np.array([1.0] * 3 + [0.0] * 37)
     pairs = LabelledPredictions(truth, predicted=truth.astype(np.int64), value=truth)
-    values = metrics.primary_metric("anomaly", pairs, alone(40))
-    report = metrics.primary_interval("anomaly", values, truth, alone(40))
+    values = evaluation_metrics.primary_metric("anomaly", pairs, alone(40))
+    report = evaluation_metrics.primary_interval("anomaly", values, truth, alone(40))
     assert report.value == 1.0
     assert report.low == pytest.approx(intervals.wilson(1.0, 3)[0], rel=1e-4)
     # Errors of numbers have no bounds.
-    assert metrics.primary_interval("regress", np.zeros(9), truth, alone(40)).high == 0.0
+    assert evaluation_metrics.primary_interval("regress", np.zeros(9), truth, alone(40)).high == 0.0
 
 
 def test_the_average_precision_of_anomalies_alone_is_not_certain() -> None:
     truth = np.ones(3)
     pairs = LabelledPredictions(truth, predicted=truth.astype(np.int64), value=truth)
-    report = metrics.compute("anomaly", [], pairs, alone(3)).metrics
+    report = evaluation_metrics.compute("anomaly", [], pairs, alone(3)).metrics
     estimate = next(each for each in report if each.metric == "average_precision")
     assert estimate.value == 1.0
     assert estimate.low == pytest.approx(intervals.wilson(1.0, 3)[0], rel=1e-4)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.foundation.config.quantities import decode_quantity
 from outstation.workbench.testing.simulation.attribution import EFFECTS, Attribution, RaisedAlert, attribute
 from outstation.workbench.testing.simulation.runner import Injected, Outcome

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from outstation.foundation.errors import LinkDown
 from outstation.workbench.cli.simulate import simulate
 from outstation.workbench.testing.broker import MosquittoBroker, free_port
-from outstation.workbench.testing.simulation import report, scenario, setup
+from outstation.workbench.testing.simulation import scenario, setup, simulation_report
 from outstation.workbench.testing.simulation.pace import Pace
 from outstation.workbench.testing.simulation.runner import Simulation
 
@@ -40,7 +40,7 @@ def test_a_rough_day_over_a_real_broker_loses_nothing(tmp_path: Path, outstation
     url = f"mqtt://127.0.0.1:{outstation_broker.port}"
     with contextlib.closing(Simulation(folder, read, chosen, broker=url, speed=20.0)) as simulation:
         outcome = simulation.run()
-        document = report.build(read, outcome, simulation.store)
+        document = simulation_report.build(read, outcome, simulation.store)
     assert outcome.audit.passed, outcome.audit.to_dict()
     assert outcome.undelivered == []
     assert outcome.messages > 30

@@ -20,7 +20,7 @@ from outstation.ml.model.bundle import builtin
 from outstation.workbench.authoring import pack
 from outstation.workbench.testing.broker import MosquittoBroker
 from outstation.workbench.testing.simulated_fleet import SimulatedFleet
-from outstation.workbench.testing.simulation import report, scenario, setup
+from outstation.workbench.testing.simulation import scenario, setup, simulation_report
 from outstation.workbench.testing.simulation.page import render
 from outstation.workbench.testing.simulation.runner import Simulation
 from scripts.kit.bundles import CLASSIFY, KEY, LABELS, packed, write_spec
@@ -147,7 +147,7 @@ def run_over_broker(
     (folder / "scenario.toml").write_text(setup.render_toml(described))
     read = scenario.load(folder / "scenario.toml", chosen.fields, chosen.batch_s)
     with contextlib.closing(Simulation(folder, read, chosen, broker=broker, speed=30.0)) as simulation:
-        return report.build(read, simulation.run(), simulation.store)
+        return simulation_report.build(read, simulation.run(), simulation.store)
 
 
 def test_a_good_candidate_reaches_all_devices_despite_a_power_cut_and_repeats_every_byte(

@@ -17,7 +17,7 @@ from outstation.fleet.usage import load_usages
 from outstation.foundation.errors import ConfigError, UsageError
 from outstation.workbench.cli import simulate_scenario
 from outstation.workbench.testing.simulated_fleet import SimulatedFleet
-from outstation.workbench.testing.simulation import report, scenario, setup
+from outstation.workbench.testing.simulation import scenario, setup, simulation_report
 from outstation.workbench.testing.simulation.log import MachineLog, written_log
 from outstation.workbench.testing.simulation.machine import MachineRoom
 from outstation.workbench.testing.simulation.page import render
@@ -39,7 +39,7 @@ def simulate(folder: Path, text: str) -> tuple[Outcome, dict[str, Any]]:
     chosen = read(folder, text)
     with contextlib.closing(Simulation(folder, chosen, setup.load(None, folder, {}, {}, ()))) as simulation:
         outcome = simulation.run()
-        return outcome, report.build(chosen, outcome, simulation.store)
+        return outcome, simulation_report.build(chosen, outcome, simulation.store)
 
 
 _ROUGH = """
@@ -73,7 +73,9 @@ def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> Non
     with contextlib.closing(FleetStore(tmp_path / "a" / "fleet" / "fleet.db", read_only=True)) as store:
         boot = "CAST(json_extract(CAST(payload AS TEXT), '$.boot') AS INTEGER)"
         boots = store.fetch_all(f"SELECT DISTINCT device, {boot} FROM messages ORDER BY 1, 2")
-        unexplained = report.build(read(tmp_path, _ROUGH), msgspec.structs.replace(first, injected=[]), store)
+        unexplained = simulation_report.build(
+            read(tmp_path, _ROUGH), msgspec.structs.replace(first, injected=[]), store
+        )
         assert {device for device, _ in store.newest_logs()} == {*first.devices}
         assert len(store.newest_logs()) == len(first.devices)
         usages = load_usages(store)
@@ -142,7 +144,7 @@ def test_a_full_disk_behind_small_commits_is_survived_and_the_page_shows_each_se
         written_log(simulation.room, tmp_path / "simulation.log"),
     ):
         outcome = simulation.run()
-        document = report.build(chosen, outcome, simulation.store)
+        document = simulation_report.build(chosen, outcome, simulation.store)
     assert outcome.audit.passed, outcome.audit.to_dict()
     # The recording goes on through the full disk: its rows are stored when there is space again.
     assert outcome.rows["watch"].accepted >= 2 * 228

@@ -34,7 +34,7 @@ from outstation.device.capacity.eviction import (
 )
 from outstation.device.config import Config
 from outstation.device.store import retention, task_keys
-from outstation.device.store.labels import label_capacity
+from outstation.device.store.label_store import label_capacity
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.predictions import list_stored_outputs, output_key, shadow_key
 from outstation.device.store.retention import Growth

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from outstation.device import metrics as device_metrics
+from outstation.device import prometheus_metrics as device_metrics
 from outstation.device import status as documents
 from outstation.device.bootstrap import device
 from outstation.foundation import clock, durable_files

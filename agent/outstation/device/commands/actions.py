@@ -13,7 +13,7 @@ from outstation.device.bundles import history, overrides, quarantine
 from outstation.device.commands.executor import Action
 from outstation.device.config import Config, parse_duration
 from outstation.device.config.tasks import NO_TASK
-from outstation.device.intake import labels
+from outstation.device.intake import label_intake
 from outstation.device.machine import schedule_text
 from outstation.device.pipeline import labelled_output, relearn
 from outstation.device.pipeline.loaded_task import LoadedTask
@@ -199,9 +199,9 @@ class TaskActions:
         by = args.get("by", "fleet")
         if not is_name(by):
             raise RowRejected(f"by: {by[:40]!r} is no name: 1-64 of a-z, 0-9, - and _")
-        batch = replace(labels.parse_columns(task.name, columns), by=by)
+        batch = replace(label_intake.parse_columns(task.name, columns), by=by)
         with self._store.transaction() as tx:
-            rejected = labels.store_labels(tx, labelled_output.build_label_targets([task])[task.name], batch, now)
+            rejected = label_intake.store_labels(tx, labelled_output.build_label_targets([task])[task.name], batch, now)
         accepted = len(batch.labels) + len(batch.rejected) - len(rejected)
         summary = f"{accepted} labels of {task.name} accepted, {len(rejected)} rejected."
         return Effect(summary, {"accepted": accepted, "rejected": {str(k): rejected[k] for k in sorted(rejected)}})

@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from outstation.device.config import StreamConfig
-from outstation.device.intake import labels, row_history
-from outstation.device.intake.labels import LabelBatch
+from outstation.device.intake import label_intake, row_history
+from outstation.device.intake.label_intake import LabelBatch
 from outstation.device.intake.row_history import LatestTime, Mask, RowHistory
 from outstation.device.store.clock_segments import PRODUCER_TIME, QUALITIES
 from outstation.device.store.journal import MAX_BODY
@@ -345,15 +345,15 @@ class GroupCommit:
         accepted, targets = 0, self._label_targets() if producer_batch.label_batches else {}
         for batch, line, now in producer_batch.label_batches:
             try:
-                batch = labels.authenticate(batch, self._label_key)
+                batch = label_intake.authenticate(batch, self._label_key)
             except RowRejected as problem:
                 producer_batch.reject(line, str(problem))
                 continue
-            rejected = labels.store_labels(tx, targets.get(batch.task), batch, now)
+            rejected = label_intake.store_labels(tx, targets.get(batch.task), batch, now)
             n = len(batch.labels) + len(batch.rejected)
             accepted += n - len(rejected)
             if rejected:
-                producer_batch.reject(line, labels.format_reasons(rejected, n))
+                producer_batch.reject(line, label_intake.format_reasons(rejected, n))
         return accepted
 
     def _encode_categories(

@@ -14,9 +14,9 @@ import msgspec
 
 from outstation.device.config import StreamConfig
 from outstation.device.config.streams import NO_STREAM
-from outstation.device.intake import frames, labels
+from outstation.device.intake import frames, label_intake
 from outstation.device.intake.frames import FrameLayout, Frames, NumberType, decode_column
-from outstation.device.intake.labels import LabelBatch
+from outstation.device.intake.label_intake import LabelBatch
 from outstation.device.intake.row_history import summarize_reasons
 from outstation.device.store.rows import BlockLimits, RawColumns, ValidatedRows, validate_columns
 from outstation.foundation import decoders
@@ -292,7 +292,7 @@ def _parse_labels(line: bytes, number: int, head: _LineHead) -> ParsedLines:
     if not bytes(head.labels):
         raise RowRejected('no "stream" in this line')
     try:
-        return ParsedLines("", None, [number], {}, labels.parse_line(line))
+        return ParsedLines("", None, [number], {}, label_intake.parse_line(line))
     except _DECODE_ERRORS as error:
         problem, _, path = str(error)[:160].partition(" - at `$.")
         raise RowRejected(f"{path.rstrip('`')}: {problem[:1].lower()}{problem[1:]}" if path else problem) from None

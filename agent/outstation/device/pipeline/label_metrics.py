@@ -17,9 +17,8 @@ import numpy as np
 
 from outstation.device.pipeline.labelled_output import LabelledOutput, list_outputs
 from outstation.device.pipeline.loaded_task import LoadedTask
-from outstation.device.store import labels as label_store
-from outstation.device.store import predictions, task_keys
-from outstation.device.store.labels import StoredLabel
+from outstation.device.store import label_store, predictions, task_keys
+from outstation.device.store.label_store import StoredLabel
 from outstation.device.store.message_log import MessageLog, PendingMessage
 from outstation.device.store.predictions import output_key
 from outstation.device.store.store import Store

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from outstation.device.pipeline.loaded_task import LoadedTask
-from outstation.device.store.labels import StoredLabel
+from outstation.device.store.label_store import StoredLabel
 from outstation.device.store.predictions import output_key
 from outstation.foundation.arrays import Float64s, Ints
 from outstation.foundation.indices import bincount

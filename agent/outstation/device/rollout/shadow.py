@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from outstation.device.pipeline.loaded_task import LoadedTask
 from outstation.device.rollout import shadow_windows
 from outstation.device.rollout.shadow_windows import AlignedWindows
-from outstation.device.store import labels, task_keys
+from outstation.device.store import label_store, task_keys
 from outstation.device.store.message_log import MessageLog
 from outstation.device.store.predictions import StoredPredictions, output_key, shadow_key
 from outstation.device.store.row_batch import RowBatch
@@ -278,7 +278,7 @@ def merge_neighbours(blocks: list[ComparisonStats]) -> list[ComparisonStats]:
 
 def _restore_state(store: Store, task: LoadedTask, other: LoadedTask, rollout: str) -> ShadowState:
     newest_labels = {
-        output: store.query(labels.newest_number, output_key(task.name, output))
+        output: store.query(label_store.newest_number, output_key(task.name, output))
         for output in task.bundle.manifest.label_schemas
     }
     fresh = ShadowState(rollout, task.bundle.digest, other.bundle.digest, newest_labels)

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from outstation.device.pipeline import prepared_batch
 from outstation.device.pipeline.labelled_output import HeldOutScores, LabelledOutput, list_held_out_scores, list_outputs
 from outstation.device.pipeline.loaded_task import LoadedTask
-from outstation.device.store import labels, predictions
-from outstation.device.store.labels import StoredLabel
+from outstation.device.store import label_store, predictions
+from outstation.device.store.label_store import StoredLabel
 from outstation.device.store.predictions import PredictionRow, StoredPredictions, output_key
 from outstation.device.store.row_batch import RowBatch
 from outstation.device.store.rows import concatenate
@@ -208,7 +208,9 @@ def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
 def count_waiting_labels(store: Store, task: LoadedTask, after: Mapping[str, int]) -> dict[str, int]:
     """Count the labels of each output with higher numbers than in `after`, up to MAX_LABELS + 1."""
     return {
-        name: len(store.query(labels.next_numbers, output_key(task.name, name), after.get(name, 0), MAX_LABELS + 1))
+        name: len(
+            store.query(label_store.next_numbers, output_key(task.name, name), after.get(name, 0), MAX_LABELS + 1)
+        )
         for name in task.bundle.manifest.label_schemas
     }
 
@@ -228,7 +230,7 @@ def count_outcomes(
     for output in list_outputs(task):
         if output.name not in after:
             continue
-        numbers = labels.next_numbers(tx.connection, output.key, after[output.name], MAX_LABELS)
+        numbers = label_store.next_numbers(tx.connection, output.key, after[output.name], MAX_LABELS)
         last[output.name] = max(numbers, default=after[output.name])
         if numbers and output.name in others:
             outcomes = _count_output_outcomes(tx, output, others[output.name], (after[output.name], numbers[-1]))
@@ -241,7 +243,7 @@ def _count_output_outcomes(
 ) -> ComparisonStats:
     """Compare predictions with the labels behind the first number, up to the last one."""
     after, last = numbers
-    labelled = labels.load_labelled(tx.connection, output.key, output.digest, last, MAX_LABELS)
+    labelled = label_store.load_labelled(tx.connection, output.key, output.digest, last, MAX_LABELS)
     key = predictions.shadow_key(output.task, output.name)
     pairs = [
         (sample, prediction)

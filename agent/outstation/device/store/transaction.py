@@ -12,7 +12,7 @@ import msgspec
 from outstation.device.store import retention, task_keys
 from outstation.device.store.clock_segments import PRODUCER_TIME, QUALITIES, ClockSegments
 from outstation.device.store.command_log import CommandLog
-from outstation.device.store.labels import LabelStore
+from outstation.device.store.label_store import LabelStore
 from outstation.device.store.outbox import Outbox, OutboxMessage
 from outstation.device.store.quota import PAGE_SIZE, Budget
 from outstation.device.store.rows import Rows, pack_chunk

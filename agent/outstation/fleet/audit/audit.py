@@ -24,6 +24,7 @@ from typing import Any
 
 from outstation.fleet.audit import pruned as pruned_devices
 from outstation.fleet.audit import rollouts
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.audit.checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -35,7 +36,6 @@ from outstation.fleet.audit.checkpoint import (
 from outstation.fleet.audit.log_auditor import AuditParts, LogAuditor, to_bytes
 from outstation.fleet.audit.pruned import PrunedDevice
 from outstation.fleet.audit.replay import Replay, keep_devices
-from outstation.fleet.audit.report import AuditReport
 from outstation.fleet.audit.stored_rows import StoredTables, sort_key
 from outstation.fleet.database.gap_ledger import NEW_LOG, parse_log_end
 from outstation.fleet.database.interface import Row

@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.audit.checkpoint import LogState
 from outstation.fleet.audit.coverage import RowCoverage
 from outstation.fleet.audit.pruned import LogBase
 from outstation.fleet.audit.replay import Replay
-from outstation.fleet.audit.report import AuditReport
 from outstation.fleet.audit.stored_rows import MessageKey, StoredTables, is_time
 from outstation.fleet.database.gap_ledger import parse_evictions, parse_log_end
 from outstation.fleet.database.interface import Row

@@ -22,8 +22,8 @@ import msgspec
 
 from outstation.fleet.audit import pruned as pruned_devices
 from outstation.fleet.audit.audit import DeviceAuditor
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.audit.replay import COMPARED, Replay, RowDifference
-from outstation.fleet.audit.report import AuditReport
 from outstation.fleet.audit.stored_rows import MessageKey, StoredTables, describe_difference
 from outstation.fleet.database.interface import Connection, Row
 from outstation.fleet.database.keyring import Keyring

@@ -17,7 +17,7 @@ from outstation.foundation.text import printable
 from outstation.protocol.wire import keys
 
 if TYPE_CHECKING:
-    from outstation.fleet.repository.status import RepositoryStatus
+    from outstation.fleet.repository.repository_status import RepositoryStatus
 
 _sign_with = click.option("--sign-with", multiple=True, type=PATH, metavar="FILE",
                           help="A private key that is not in the fleet's folder, as on a USB stick.")  # fmt: skip
@@ -130,7 +130,7 @@ def init(
 @fleet_options
 def status(home: Path, as_json: bool) -> None:
     """Show published bundles, keys and expiry. Exit 1 if something needs the operator soon."""
-    from outstation.fleet.repository.status import read
+    from outstation.fleet.repository.repository_status import read
 
     report = read(home)
     emit(report, as_json, lambda: _print_status(report), passed=report.ok)

@@ -137,7 +137,7 @@ def resume(name: str, home: Path, as_json: bool) -> None:
 def promote(name: str, force_reason: str | None, home: Path, as_json: bool) -> None:
     """Promote NAME to its next step, or finish it, if its rules allow. Else print the blockers and exit 1."""
     from outstation.fleet.rollout import actions
-    from outstation.fleet.rollout.status import load_snapshot
+    from outstation.fleet.rollout.rollout_status import load_snapshot
 
     with _open_publisher(home) as publisher:
         current, now_us = _find_rollout(publisher, name), clock.read().wall_us
@@ -171,7 +171,7 @@ def abort(name: str, reason: str, home: Path, as_json: bool) -> None:
 def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
     """Return the status of the rollout `name`; without a name of all open rollouts, or else of the newest."""
     from outstation.fleet.rollout import journal
-    from outstation.fleet.rollout.status import build_status, load_snapshot
+    from outstation.fleet.rollout.rollout_status import build_status, load_snapshot
 
     now_us = clock.read().wall_us
     with store.snapshot() as db:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from outstation import __version__
-from outstation.fleet.dataset import labels, poisoning
+from outstation.fleet.dataset import poisoning, sample_labels
 from outstation.fleet.dataset.derived import DerivedColumns
 from outstation.fleet.dataset.gather import Gathered, Recording, Selection
 from outstation.foundation import clock
@@ -160,7 +160,7 @@ def count_labels(recordings: Iterable[Recording], output: str) -> dict[str, Any]
                 rows["as predicted" if result.label == label.label else "not as predicted"] += 1
                 is_bold = result.label != label.label and result.score is not None and result.score >= _CONFIDENT
                 rows["against a confident prediction"] += is_bold
-    numbers = labels.parse_numbers(by_class)
+    numbers = sample_labels.parse_numbers(by_class)
     return {
         "labelled": sum(by_class.values()),
         "by_class": {} if numbers else dict(sorted(by_class.items())),
@@ -215,11 +215,11 @@ def _find_label_warnings(counts: Mapping[str, Any]) -> list[str]:
     labelled, people, warnings = counts["labelled"], counts["by_person"], list[str]()
     if len(counts["by_class"]) == 1:
         warnings.append(f"All labels are {next(iter(counts['by_class']))!r}: a model learns nothing from one class.")
-    if disagree := counts["left_out"].get(labels.DISAGREE, 0):
+    if disagree := counts["left_out"].get(sample_labels.DISAGREE, 0):
         warnings.append(
             f"{disagree} results have labels that disagree and are left out: look at them, and at who gave them."
         )
-    if only_model := counts["left_out"].get(labels.ONLY_MODEL, 0):
+    if only_model := counts["left_out"].get(sample_labels.ONLY_MODEL, 0):
         warnings.append(f"{only_model} results are labelled by a model only and are left out.")
     if people and labelled >= 10 and max(people.values()) > _MAX_SHARE_OF_ONE * labelled and len(people) > 1:
         person = max(people, key=lambda name: people[name])

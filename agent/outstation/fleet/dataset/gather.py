@@ -15,10 +15,10 @@ from outstation.fleet.database.datasets import retraining
 from outstation.fleet.database.datasets.retraining import Claim, StoredSample
 from outstation.fleet.database.datasets.samples import Sample
 from outstation.fleet.database.interface import Connection
-from outstation.fleet.database.labelling.labels import OutputResult
-from outstation.fleet.dataset import joined, labels
+from outstation.fleet.database.labelling.labelled_results import OutputResult
+from outstation.fleet.dataset import joined, sample_labels
 from outstation.fleet.dataset.joined import JoinedByInput, JoinedRows
-from outstation.fleet.dataset.labels import RowLabel
+from outstation.fleet.dataset.sample_labels import RowLabel
 from outstation.foundation import decoders
 from outstation.foundation.arrays import Float64s, Ints
 from outstation.foundation.errors import MessageRefused, UsageError
@@ -289,7 +289,7 @@ def _add_labels(db: Connection, recording: Recording, selection: Selection, resu
         result.ignored[f"{noun} given later"] += len(group) - len(known)
         claims += known
     for output in sorted({"", *(claim.output for claim in claims)}):
-        decided = labels.decide([claim for claim in claims if claim.output == output])
+        decided = sample_labels.decide([claim for claim in claims if claim.output == output])
         predictions = retraining.load_predictions(db, key, recording.first, recording.last, output)
         recording.outputs[output] = LabelledOutput(decided, predictions)
 

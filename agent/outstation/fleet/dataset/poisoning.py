@@ -8,7 +8,7 @@ from statistics import median_high, median_low
 import numpy as np
 
 from outstation.fleet.dataset.gather import Gathered, Recording
-from outstation.fleet.dataset.labels import RowLabel, parse_numbers
+from outstation.fleet.dataset.sample_labels import RowLabel, parse_numbers
 from outstation.ml.poisoning.inspect import PoisoningReport, inspect, not_checked
 from outstation.ml.poisoning.labelled_windows import LabelledWindows
 

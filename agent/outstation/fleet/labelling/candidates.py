@@ -16,7 +16,7 @@ from outstation.fleet.database import log_succession
 from outstation.fleet.database.interface import Connection
 from outstation.fleet.database.labelling import candidates as table
 from outstation.fleet.database.labelling.candidates import UnlabelledResult
-from outstation.fleet.database.labelling.labels import TaskLog
+from outstation.fleet.database.labelling.labelled_results import TaskLog
 from outstation.foundation import decoders
 from outstation.foundation.arrays import Float64s, Ints
 from outstation.ml.performance import label_candidates

@@ -15,12 +15,12 @@ import msgspec
 from outstation.fleet.bundle_history import BundleLabelSchema, BundleRef, resolve_label_schema
 from outstation.fleet.database.dashboard import messages
 from outstation.fleet.database.interface import Connection
-from outstation.fleet.database.labelling import labels as label_tables
+from outstation.fleet.database.labelling import labelled_results as label_tables
 from outstation.fleet.database.labelling import verdicts as table
-from outstation.fleet.database.labelling.labels import TaskLog
+from outstation.fleet.database.labelling.labelled_results import TaskLog
 from outstation.fleet.database.labelling.verdicts import AlertVerdict, Verdict
 from outstation.fleet.incidents.incidents import check_note
-from outstation.fleet.labelling.labels import compute_label_metrics, metric_rows
+from outstation.fleet.labelling.given_labels import compute_label_metrics, metric_rows
 from outstation.foundation import decoders
 from outstation.foundation.errors import UsageError
 from outstation.ml.performance.estimates import MetricEstimate

@@ -11,7 +11,7 @@ import msgspec
 
 from outstation.fleet.database.alerts import repository_alert_row
 from outstation.fleet.database.store import FleetStore
-from outstation.fleet.repository import edition, expiry, root_rotation, status
+from outstation.fleet.repository import edition, expiry, repository_status, root_rotation
 from outstation.fleet.repository.expiry import REFRESH_INTERVAL, SNAPSHOT, TARGETS, TIMESTAMP
 from outstation.fleet.repository.keys import RepositoryKeyring
 from outstation.fleet.repository.layout import Layout
@@ -86,7 +86,7 @@ def maintain(folder: Path, store: FleetStore, now: datetime | None = None) -> No
     try:
         if refresh_daily(folder, now) is not None:
             logger.info("repository: timestamp signed")
-        reminders = status.read(folder, now).reminders
+        reminders = repository_status.read(folder, now).reminders
     except OSError as error:
         raise StorageError(
             f"{error.filename or folder}: {error.strerror}, so the repository was not refreshed; check the owner of "

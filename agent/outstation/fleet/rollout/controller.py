@@ -8,7 +8,7 @@ from functools import partial
 from outstation.fleet.database import rollouts
 from outstation.fleet.rollout import actions, journal
 from outstation.fleet.rollout.publisher import RolloutAction, RolloutPublisher
-from outstation.fleet.rollout.status import RolloutSnapshot, load_snapshot
+from outstation.fleet.rollout.rollout_status import RolloutSnapshot, load_snapshot
 from outstation.fleet.rollout.tallies import RolloutTallies
 from outstation.foundation import clock
 from outstation.foundation.errors import UsageError

@@ -74,8 +74,8 @@ def demo(
 def _run_simulation(
     home: Path, scenario_name: str, devices: int, duration: float, seed: int, started_s: float, *, live: bool
 ) -> dict[str, Any]:
+    from outstation.workbench.simulate import fleet_report as reporting
     from outstation.workbench.simulate import plan as planning
-    from outstation.workbench.simulate import report as reporting
     from outstation.workbench.simulate import scenario
     from outstation.workbench.simulate.simulation import Simulation
 

@@ -53,9 +53,9 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> None:
     """Run a scenario, print its report and write it to a file; exit with code 1 if it failed. Raises UsageError."""
     # Imported here: a hundred modules of device and collector.
     from outstation.foundation.cli.progress import ProgressBar
-    from outstation.workbench.testing.simulation import report as reporting
     from outstation.workbench.testing.simulation import scenario as scenarios
     from outstation.workbench.testing.simulation import setup as setups
+    from outstation.workbench.testing.simulation import simulation_report as reporting
     from outstation.workbench.testing.simulation.log import written_log
     from outstation.workbench.testing.simulation.runner import Simulation
 

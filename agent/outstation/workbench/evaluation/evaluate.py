@@ -25,12 +25,12 @@ from outstation.ml.performance.metrics import display_name, primary
 from outstation.workbench.evaluation import (
     bootstrap,
     document,
+    evaluation_metrics,
     examples,
     float_comparison,
     label_quality,
     latency,
     leakage,
-    metrics,
     predictions,
     sensitivity,
     small_cells,
@@ -98,7 +98,7 @@ def _measure_performance(context: EvaluationContext, signature: str) -> Evaluati
     request, windows, kind = context.request, context.windows, context.kind
     manifest = context.bundle.manifest
     labels = manifest.output.labels
-    measured = metrics.compute(kind, labels, context.predictions, context.units)
+    measured = evaluation_metrics.compute(kind, labels, context.predictions, context.units)
     order_checks = label_quality.check_label_order(labels, manifest.label_kind, context.predictions)
     noise_checks, suspects = label_quality.check_label_noise(labels, context.predictions, windows)
     counts = count_classes(labels, windows, kind)
@@ -119,7 +119,7 @@ def _measure_performance(context: EvaluationContext, signature: str) -> Evaluati
         classes=measured.classes,
         confusion=measured.confusion if len(labels) <= _MAX_CONFUSION_CLASSES else [],
         reliability=measured.reliability,
-        slices=metrics.slice_metrics(kind, context.predictions, sliced, context.units),
+        slices=evaluation_metrics.slice_metrics(kind, context.predictions, sliced, context.units),
         label_checks=[*order_checks, *label_quality.check_class_balance(counts, accuracy), *noise_checks],
         suspects=suspects,
     )

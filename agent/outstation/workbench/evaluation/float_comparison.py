@@ -16,7 +16,7 @@ from outstation.ml.model.bundle.manifest import Manifest
 from outstation.ml.model.inference.inference import InferenceResult
 from outstation.ml.model.sandbox import probe
 from outstation.ml.performance.estimates import round_or_none
-from outstation.workbench.evaluation import metrics, predictions
+from outstation.workbench.evaluation import evaluation_metrics, predictions
 from outstation.workbench.evaluation.bootstrap import BootstrapUnits, percentile_interval, proportion_interval
 from outstation.workbench.evaluation.context import EvaluationContext
 from outstation.workbench.evaluation.document import FloatComparison, IntervalEstimate
@@ -46,15 +46,17 @@ def compare(context: EvaluationContext, file: Path, float_bundle: Bundle) -> Flo
     assert own.outputs is not None
     assert other.outputs is not None
     differences = np.abs(own.outputs.astype(np.float64) - other.outputs)
-    metric = metrics.primary_metric(kind, other_predictions, units)
+    metric = evaluation_metrics.primary_metric(kind, other_predictions, units)
     return FloatComparison(
         file=file.name,
         bytes=len(float_bundle.model_bytes),
         agreement=_agreement(own, other, units),
         max_output_difference=round_or_none(float(differences.max())) or 0.0,
         mean_output_difference=round_or_none(float(differences.mean())) or 0.0,
-        float_metric=metrics.primary_interval(kind, metric, windows.truth, units),
-        metric_difference=percentile_interval(metrics.primary_metric(kind, context.predictions, units) - metric),
+        float_metric=evaluation_metrics.primary_interval(kind, metric, windows.truth, units),
+        metric_difference=percentile_interval(
+            evaluation_metrics.primary_metric(kind, context.predictions, units) - metric
+        ),
     )
 
 

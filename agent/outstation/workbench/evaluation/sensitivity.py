@@ -21,7 +21,7 @@ from outstation.ml.model.inference.features import WindowCut
 from outstation.ml.model.inference.inference import Inference
 from outstation.ml.model.inference.joins import JoinedValues
 from outstation.ml.performance.metrics import primary
-from outstation.workbench.evaluation import examples, metrics
+from outstation.workbench.evaluation import evaluation_metrics, examples
 from outstation.workbench.evaluation.bootstrap import BootstrapUnits, percentile_interval
 from outstation.workbench.evaluation.document import FieldImportance, RobustnessCurve, RobustnessPoint
 from outstation.workbench.evaluation.examples import LabelledWindows
@@ -55,7 +55,7 @@ class WindowSample(msgspec.Struct, frozen=True, eq=False):
         rows, labelled = windows.reshape(-1, windows.shape[2]), self.labelled
         result = self.inference.run_windows(rows, self.t, WindowCut(self.starts, len(rows), self.joined))
         predictions = pair_with_truth(self.inference.manifest, result, labelled.truth, labelled.label_sets)
-        return metrics.primary_metric(self.kind, predictions, self.units)
+        return evaluation_metrics.primary_metric(self.kind, predictions, self.units)
 
     def metric_drop(self, metric: Float64s) -> Float64s:
         """Return how much worse a metric is than the baseline."""
@@ -143,7 +143,7 @@ def sweep_faults(sample: WindowSample, seed: int) -> list[RobustnessCurve]:
                 rng = np.random.default_rng([seed, round(strength * 1000)])
                 changed = kind.inject(sample.windows.copy(), strength, rng, spread, centre)
                 text, metric = kind.strength_format.format(strength), sample.reevaluate(changed)
-            value = metrics.primary_interval(sample.kind, metric, sample.labelled.truth, sample.units)
+            value = evaluation_metrics.primary_interval(sample.kind, metric, sample.labelled.truth, sample.units)
             points.append(RobustnessPoint(strength=text, value=value))
         curves.append(RobustnessCurve(fault=kind.name, meaning=kind.meaning, points=points))
     return curves

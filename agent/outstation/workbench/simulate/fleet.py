@@ -14,7 +14,7 @@ import msgspec
 from outstation.fleet import config as fleet_config
 from outstation.fleet.rollout import plan as plans
 from outstation.protocol.wire.keys import PublicKey
-from outstation.workbench.simulate import disturbances, plan, report, rollout_outcome
+from outstation.workbench.simulate import disturbances, fleet_report, plan, rollout_outcome
 from outstation.workbench.simulate.rollout import RolloutDriver
 from outstation.workbench.simulate.scenario import from_name
 from outstation.workbench.simulate.simulation import Simulation
@@ -80,7 +80,7 @@ def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> d
             rollout["ended"] = _follow_rollout(driver, end_s, announce)
             rollout["disturbances"] = driver.disturbance_report()
         fleet.stop()
-    result = report.build_report(fleet.database, fleet_plan, fleet_config.load_trusted_keys(fleet.prepare()))
+    result = fleet_report.build_report(fleet.database, fleet_plan, fleet_config.load_trusted_keys(fleet.prepare()))
     for device in result.devices:
         device["restarts"] = fleet.restarts.get(device["device"], [])
     document = {"devices": result.devices, "accuracy": result.accuracy, "audit": result.audit.to_dict()}

@@ -12,7 +12,7 @@ import msgspec
 
 from outstation.foundation.config.quantities import parse_duration
 from outstation.workbench.testing.reasons import describe_fleet, match_alert, require_device
-from outstation.workbench.testing.simulation import report, scenario, setup
+from outstation.workbench.testing.simulation import scenario, setup, simulation_report
 from outstation.workbench.testing.simulation.log import MachineLog
 from outstation.workbench.testing.simulation.lossy_link import LossyLink
 from outstation.workbench.testing.simulation.runner import Outcome, Simulation
@@ -84,7 +84,7 @@ class SimulatedFleet:
     def run_scenario(self) -> dict[str, Any]:
         """Run to the end of the scenario, and return its report, as `fleet simulate --json` prints it."""
         self._simulation.advance(max(0.0, self.scenario.duration - self.now_s))
-        return report.build(self.scenario, self.finish(), self._simulation.store)
+        return simulation_report.build(self.scenario, self.finish(), self._simulation.store)
 
     def wait_for(
         self,

@@ -12,7 +12,7 @@ from outstation.device.bootstrap import device
 from outstation.device.bundles import history
 from outstation.device.config import Config
 from outstation.device.intake.group_commit import GroupCommit
-from outstation.device.intake.labels import LabelBatch
+from outstation.device.intake.label_intake import LabelBatch
 from outstation.device.machine import secret_file
 from outstation.device.machine.timekeeping import make_clock
 from outstation.foundation.cli.options import by_option, config_options

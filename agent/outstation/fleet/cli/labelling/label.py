@@ -22,7 +22,7 @@ from outstation.ml.performance.labels import Label
 
 if TYPE_CHECKING:
     from outstation.fleet.commands import CommandResult
-    from outstation.fleet.labelling.labels import LabelOutcome, OutputEvaluation
+    from outstation.fleet.labelling.given_labels import LabelOutcome, OutputEvaluation
 
 _MAX_LISTED = 20
 
@@ -66,7 +66,7 @@ def add(
         accepted, refused = _send_labels(labels, send_columns)
         report(accepted, rejected | refused, as_json)
         return
-    from outstation.fleet.labelling.labels import add
+    from outstation.fleet.labelling.given_labels import add
 
     try:
         with open_store(config) as writable, writable.transaction() as db:
@@ -97,7 +97,7 @@ def _to_document(evaluation: OutputEvaluation) -> dict[str, Any]:
 
 def _send_labels(labels: list[tuple[int, Label]], send: Callable[[str], CommandResult]) -> tuple[int, dict[int, str]]:
     """Return the number of labels that the device accepted, and line → reason of the others."""
-    from outstation.fleet.labelling.labels import split_labels
+    from outstation.fleet.labelling.given_labels import split_labels
 
     accepted = 0
     rejected: dict[int, str] = {}

@@ -13,7 +13,7 @@ from outstation.fleet.rollout import actions, journal
 from outstation.fleet.rollout.actions import RolloutOperator
 from outstation.fleet.rollout.journal import Rollout
 from outstation.fleet.rollout.publisher import RolloutPublisher
-from outstation.fleet.rollout.status import load_snapshot
+from outstation.fleet.rollout.rollout_status import load_snapshot
 from outstation.foundation import clock
 from outstation.foundation.errors import UsageError
 from outstation.protocol.transport.packets import BrokerLink

@@ -20,7 +20,7 @@ from outstation.fleet.database.interface import Connection
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.rollout import decisions, journal
 from outstation.fleet.rollout.journal import Rollout
-from outstation.fleet.rollout.status import build_status, load_snapshot
+from outstation.fleet.rollout.rollout_status import build_status, load_snapshot
 from outstation.fleet.rollout.tallies import RolloutTallies
 from outstation.foundation import clock
 from outstation.foundation.errors import UsageError

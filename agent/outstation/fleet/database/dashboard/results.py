@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from outstation.fleet.database.interface import Connection, Row
-from outstation.fleet.database.labelling.labels import TaskLog
+from outstation.fleet.database.labelling.labelled_results import TaskLog
 from outstation.fleet.database.log_succession import find_newest_logs
 
 _OF_LOG = "FROM results WHERE device = ? AND task = ? AND log = ?"

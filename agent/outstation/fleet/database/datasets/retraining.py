@@ -8,7 +8,7 @@ import msgspec
 
 from outstation.fleet.database.datasets.samples import COLUMNS, Sample
 from outstation.fleet.database.interface import Connection, Row
-from outstation.fleet.database.labelling.labels import OutputResult, TaskLog
+from outstation.fleet.database.labelling.labelled_results import OutputResult, TaskLog
 
 _SAMPLES = f"""
     SELECT {COLUMNS}, m.received, s.sealed, m.payload FROM samples s

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from outstation.fleet.database.interface import Connection, Row
-from outstation.fleet.database.labelling.labels import TaskLog
+from outstation.fleet.database.labelling.labelled_results import TaskLog
 
 # Tables of bundles are small, where results are many.
 _TASKS = """

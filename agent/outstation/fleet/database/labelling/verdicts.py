@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from outstation.fleet.database.interface import Connection, Row
-from outstation.fleet.database.labelling.labels import LabelledResult, TaskLog
+from outstation.fleet.database.labelling.labelled_results import LabelledResult, TaskLog
 from outstation.protocol.alerts.incident import IncidentKey
 
 _SAVE = """

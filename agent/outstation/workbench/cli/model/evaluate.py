@@ -171,9 +171,9 @@ def _write_files(
     result: Evaluation, texts: CardTexts, html: Path | None, folder: Path | None, junit: Path | None
 ) -> list[Path]:
     """Write the report, the cards and the results of requirements, and return their files. Raises UsageError."""
-    from outstation.workbench.evaluation import cards, gate, report
+    from outstation.workbench.evaluation import cards, evaluation_report, gate
 
-    texts_by_file = {html: report.render_html(result)} if html else {}
+    texts_by_file = {html: evaluation_report.render_html(result)} if html else {}
     if folder is not None:
         for name, card in cards.build_cards(result, texts).items():
             texts_by_file |= {folder / f"{name}.md": card.to_markdown(), folder / f"{name}.html": card.to_html()}

@@ -18,7 +18,7 @@ from outstation.device.bootstrap.device import load_config, open_store
 from outstation.device.bootstrap.model_host import ModelHost
 from outstation.device.config.config import Config
 from outstation.device.daemon import Daemon
-from outstation.device.intake import labels as label_lines
+from outstation.device.intake import label_intake as label_lines
 from outstation.device.intake.group_commit import CommitOutcome
 from outstation.device.machine.throttle import Throttle
 from outstation.device.store.rows import RawColumns, validate_columns

@@ -34,7 +34,7 @@ _CSS = (
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """Return a self-contained page of a report (`outstation.workbench.testing.simulation.report`)."""
+    """Return a self-contained page of a report (`outstation.workbench.testing.simulation.simulation_report`)."""
     environment = create_environment(Path(__file__).parent)
     environment.filters.update(
         span=_short_span, settings=_format_settings, device_groups=_group_devices, number=lambda n: f"{n:,}",

@@ -9,7 +9,7 @@ from outstation.fleet.database.interface import Connection
 from outstation.fleet.database.store import FleetStore
 from outstation.fleet.rollout import journal
 from outstation.fleet.rollout.journal import Rollout
-from outstation.fleet.rollout.status import load_snapshot
+from outstation.fleet.rollout.rollout_status import load_snapshot
 from outstation.foundation import clock
 from outstation.workbench.simulate.rollout_outcome import build_outcome
 from outstation.workbench.testing.simulation import attribution, scenario

@@ -19,7 +19,7 @@ import msgspec
 from outstation.device import health
 from outstation.device.intake.sources.recordings import Playlist
 from outstation.fleet.audit.audit import audit
-from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.collector.collector import Collector, client_id
 from outstation.fleet.collector.encryption_keys import EncryptionKeys
 from outstation.fleet.collector.subscriptions import topic_filters

@@ -20,8 +20,8 @@ import numpy as np
 from outstation.fleet import bundle_history
 from outstation.fleet.bundle_history import BundleLabelSchema, BundleRun
 from outstation.fleet.database.interface import Connection, Row
-from outstation.fleet.database.labelling import labels as label_tables
-from outstation.fleet.database.labelling.labels import LabelledResult, Place, TaskLog
+from outstation.fleet.database.labelling import labelled_results as label_tables
+from outstation.fleet.database.labelling.labelled_results import LabelledResult, Place, TaskLog
 from outstation.foundation.config.toml_files import did_you_mean
 from outstation.ml.performance.estimates import MetricEstimate, compute_metrics
 from outstation.ml.performance.labels import MODEL, VERDICT, Label, count_sources

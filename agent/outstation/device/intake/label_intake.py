@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from outstation.device.intake.row_history import summarize_reasons
 from outstation.device.machine import secret_file
-from outstation.device.store.labels import PROTECTED, early_capacity, outcome_counter
+from outstation.device.store.label_store import PROTECTED, early_capacity, outcome_counter
 from outstation.device.store.predictions import output_key
 from outstation.device.store.transaction import Transaction
 from outstation.foundation import decoders

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from outstation.fleet.audit.audit import audit
-from outstation.fleet.audit.report import AuditReport
+from outstation.fleet.audit.audit_report import AuditReport
 from outstation.fleet.database.store import FleetStore
 from outstation.ml.datasets.recordings import Recordings, load
 from outstation.ml.model.inference.scores import ANOMALY
